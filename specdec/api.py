@@ -1,0 +1,312 @@
+"""The two ways in: `specdec.load(...)`, and `SpeculativeDecoder(...)` around loaded models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+
+from specdec import registry
+from specdec.decoder import Task, decode
+from specdec.drafter import BuildContext, Drafter, Request
+from specdec.errors import IncompatiblePairError, InputError
+from specdec.exact import Redecide, keep
+from specdec.guard import GuardedDrafter
+from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafter
+from specdec.policy import Policy
+from specdec.proposal import Draw
+from specdec.runtime.session import Session
+from specdec.sampling import Sampling
+from specdec.text import Chunk, Ending
+from specdec.trace import Stats, Trace
+from specdec.verifier import Verifier
+
+Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """A finished text. `tokens` are the new ones; `finish_reason`: "eos", "stop", "length" or "context"."""
+
+    prompt: list[int]
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    origins: list[str]
+    logprobs: list[float] | None
+    trace: Trace
+
+    @property
+    def stats(self) -> Stats:
+        return self.trace.stats
+
+
+class SpeculativeDecoder:
+    """A target, a drafter, a verifier and a policy on the KV runtime.
+
+    `target`: a loaded causal LM. `drafter`: a `Drafter`, a loaded draft model, a plugin's name, a folder or a hub id;
+    None decodes plainly. `verifier` and `policy`: objects or names; by default `coupled` and `throughput`.
+    `allow_lossy` is needed for verifiers that change the distribution.
+
+    Lossless: yes, unless a lossy verifier was allowed; then `stats.lossless` is False.
+    Raises `InputError` (a `ValueError`) and its kinds before any work when something does not fit.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        *,
+        tokenizer: Any = None,
+        drafter: Drafter | Any = None,
+        verifier: Verifier | str | None = None,
+        policy: Policy | str | None = None,
+        backend: str = "eager",
+        allow_lossy: bool = False,
+    ):
+        self.target = target
+        self.tokenizer = tokenizer
+        self._backend = registry.find("backend", backend).open(target)
+        capabilities = self._backend.capabilities
+        self.drafter = resolve_drafter(
+            drafter, BuildContext(target, tokenizer, device=capabilities.device, dtype=capabilities.dtype)
+        )
+        self.verifier: Verifier = registry.create("verifier", verifier or "coupled")
+        self.policy: Policy = registry.create("policy", policy or "throughput")
+        self.allow_lossy = allow_lossy
+        self._check_parts(self.drafter, self.verifier, self.policy)
+
+    def _check_parts(self, drafter: Drafter, verifier: Verifier, policy: Policy) -> Draw:
+        if not verifier.lossless and not self.allow_lossy:
+            raise InputError(
+                f"the {verifier.name} verifier changes the target's distribution; pass allow_lossy=True "
+                "(--allow-lossy) if that is what you want, or use verifier='coupled'"
+            )
+        draw = verifier.choose_draw(drafter.draws)
+        if draw is None or (policy.branches and not verifier.trees):
+            what = f"draws {sorted(d.value for d in drafter.draws)}" if draw is None else "trees"
+            raise IncompatiblePairError(
+                f"the {verifier.name} verifier cannot take {what} from the {drafter.name} drafter; "
+                f"these can: {', '.join(fitting_verifiers(drafter, policy))}"
+            )
+        if policy.branches and not drafter.trees:
+            raise IncompatiblePairError(f"the {drafter.name} drafter proposes chains; policy {policy.name} wants trees")
+        return draw
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A string, token ids, a 1-D tensor, or chat messages, as token ids."""
+        if isinstance(prompt, torch.Tensor):
+            if prompt.ndim == 2 and prompt.shape[0] == 1:
+                prompt = prompt[0]
+            if prompt.ndim != 1:
+                raise InputError(f"a prompt tensor has one dimension; this one has shape {list(prompt.shape)}")
+            return [int(token) for token in prompt.tolist()]
+        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+            if self.tokenizer is None:
+                raise InputError("a text prompt needs a tokenizer; pass tokenizer=, or give token ids")
+            if isinstance(prompt, str):
+                return list(self.tokenizer(prompt)["input_ids"])
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise InputError("the tokenizer has no chat template; give the prompt as a string")
+            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            return list(ids["input_ids"])
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        ids = self.encode(prompt)
+        capabilities = self._backend.capabilities
+        if not ids:
+            bos = getattr(self.tokenizer, "bos_token_id", None)
+            if bos is None:
+                raise InputError("the prompt is empty and the tokenizer has no BOS token to start from")
+            ids = [bos]
+        if len(ids) >= capabilities.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens and the model's context is {capabilities.context}: nothing is left "
+                "to generate; shorten the prompt"
+            )
+        if not all(0 <= token < capabilities.vocab_size for token in ids):
+            raise InputError(f"the prompt has a token outside the vocabulary of {capabilities.vocab_size}")
+        return ids
+
+    def _eos_ids(self, given: int | Sequence[int] | None) -> frozenset[int]:
+        if given is None:
+            generation = getattr(self.target, "generation_config", None)
+            given = getattr(generation, "eos_token_id", None)
+            if given is None:
+                given = getattr(self.target.config, "eos_token_id", None)
+        if given is None:
+            return frozenset()
+        return frozenset([given] if isinstance(given, int) else given)
+
+    def _task(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        processors: Sequence[LogitsProcessor] = (),
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        eos_token_id: int | Sequence[int] | None = None,
+        logprobs: bool = False,
+        exact: bool = False,
+        strict: bool = False,
+        sampling: Sampling | None = None,
+        drafter: Drafter | None = None,
+        verifier: Verifier | None = None,
+        policy: Policy | None = None,
+    ) -> Task:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be a whole number >= 1, not {max_new_tokens!r}")
+        drafter, verifier, policy = drafter or self.drafter, verifier or self.verifier, policy or self.policy
+        if sampling is None:
+            sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, tuple(processors), seed=seed)
+        verifier.check_sampling(sampling)
+        if exact and not verifier.keeps_seed:
+            raise IncompatiblePairError(
+                f"exact=True compares with plain decoding of the same seed, which the {verifier.name} verifier does "
+                "not keep; use verifier='coupled'"
+            )
+        ids = self._prompt_ids(prompt)
+        capabilities = self._backend.capabilities
+        request = Request(
+            prompt=tuple(ids),
+            sampling=sampling,
+            draw=self._check_parts(drafter, verifier, policy),
+            vocab_size=capabilities.vocab_size,
+            max_length=min(capabilities.context, len(ids) + max_new_tokens),
+            eos_ids=self._eos_ids(eos_token_id),
+        )
+        trace = Trace()
+        trace.lossless = verifier.lossless
+        return Task(
+            request=request,
+            target=Session(self._backend.fork(0)),
+            drafter=GuardedDrafter(drafter, verifier, trace, strict),
+            verifier=verifier,
+            policy=policy,
+            ending=Ending(request, self.tokenizer, max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop)),
+            trace=trace,
+            logprobs=logprobs,
+            settle=Redecide() if exact else keep,
+        )
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """Chunks of text, tokens and origins, one per round; options as for `generate`.
+
+        Arguments are checked at once. Every stream has sessions of its own: leaving one early leaves nothing behind.
+        """
+        return self._run(self._task(prompt, **options))
+
+    @staticmethod
+    def _run(task: Task) -> Iterator[Chunk]:
+        chunks = decode(task)
+        try:
+            for chunk in chunks:
+                task.trace.num_tokens = len(task.ending.tokens)
+                yield chunk
+        finally:
+            chunks.close()
+            task.target.rewind(0)
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """Decode speculatively.
+
+        max_new_tokens (128): exactly as many unless an end is met. temperature (0: greedy), top_k, top_p, min_p,
+        repetition_penalty, processors (`transformers` LogitsProcessors), seed: see `Sampling`. stop: a string or
+        several; eos_token_id: ids (the model's own by default). logprobs: of the emitted tokens, before filters.
+        exact: re-decide doubtful positions at width 1 (half precision). strict: raise when the drafter fails.
+
+        Lossless: yes, unless a lossy verifier was allowed. Errors: `InputError` before work starts;
+        `NonFiniteLogitsError` with the tokens so far when the target's logits are NaN or infinite.
+        """
+        return self._collect(self._task(prompt, **options))
+
+    def generate_plain(self, prompt: Prompt, **options: Any) -> Generation:
+        """The same loop with the empty proposal: one token per target step. Same options, same seed, same tokens."""
+        plain = {
+            "drafter": registry.create("drafter", "none"),
+            "verifier": registry.create("verifier", "coupled"),
+            "policy": registry.create("policy", "fixed"),
+        }
+        return self._collect(self._task(prompt, **{**options, **plain}))
+
+    def _collect(self, task: Task) -> Generation:
+        logprobs: list[float] = []
+        for chunk in self._run(task):
+            logprobs += chunk.logprobs or ()
+        ending = task.ending
+        assert ending.reason is not None
+        return Generation(
+            prompt=list(task.request.prompt),
+            tokens=ending.tokens,
+            text=ending.text,
+            finish_reason=ending.reason,
+            origins=ending.origins,
+            logprobs=logprobs if task.logprobs else None,
+            trace=task.trace,
+        )
+
+
+def fitting_verifiers(drafter: Drafter, policy: Policy) -> list[str]:
+    """Names of the lossless verifiers that can take what this drafter and policy propose."""
+    names = []
+    for name in registry.available("verifier"):
+        verifier = registry.find("verifier", name)
+        draws = any(draw in drafter.draws for draw in verifier.draws)
+        if verifier.lossless and draws and (verifier.trees or not policy.branches):
+            names.append(name)
+    return names
+
+
+def load(
+    target: Any = None,
+    drafter: Any = None,
+    *,
+    verifier: Verifier | str | None = None,
+    policy: Policy | str | None = None,
+    device: Any = None,
+    dtype: Any = None,
+    tokenizer: Any = None,
+    backend: str = "eager",
+    allow_lossy: bool = False,
+    trust_remote_code: bool = False,
+    drafter_options: Mapping[str, Any] | None = None,
+    **model_options: Any,
+) -> SpeculativeDecoder:
+    """A decoder from names: `load("Qwen/Qwen3-8B", drafter="Qwen/Qwen3-0.6B")`.
+
+    `target`: hub id, local folder or loaded model; None is the embedded pair's target. `drafter`: a plugin's name
+    (`model`, `ngram`, …), hub id, folder, loaded model, `Drafter`, or None for plain decoding. `dtype`: None is float32 on CPU and the
+    checkpoint's own elsewhere. `model_options` go to `from_pretrained` (`device_map`, `quantization_config`, …).
+    Remote code runs only with trust_remote_code=True; weights are read from safetensors.
+
+    Lossless: yes, unless allow_lossy=True admits a lossy verifier.
+    """
+    source = None
+    if target is None:
+        target = EMBEDDED / "target"
+    if not isinstance(target, torch.nn.Module):
+        source = str(target)
+        tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+        target = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **model_options)
+    context = BuildContext(
+        target, tokenizer, source, device if device is not None else target.device, dtype or target.dtype
+    )
+    drafter = resolve_drafter(drafter, context, **dict(drafter_options or {}))
+    return SpeculativeDecoder(
+        target,
+        tokenizer=tokenizer,
+        drafter=drafter,
+        verifier=verifier,
+        policy=policy,
+        backend=backend,
+        allow_lossy=allow_lossy,
+    )

@@ -1,0 +1,63 @@
+"""The loop. Every drafter, verifier, policy and backend goes through it; plain decoding too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from specdec.drafter import Drafter, Request
+from specdec.errors import NonFiniteLogitsError
+from specdec.exact import Settle, keep
+from specdec.outcome import conclude, finite, log_probabilities
+from specdec.policy import Policy
+from specdec.runtime.session import Session
+from specdec.text import Chunk, Ending
+from specdec.trace import Trace
+from specdec.verifier import Verifier
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything one text needs."""
+
+    request: Request
+    target: Session
+    drafter: Drafter
+    verifier: Verifier
+    policy: Policy
+    ending: Ending
+    trace: Trace
+    logprobs: bool = False
+    settle: Settle = keep  # re-decides doubtful positions when exact=True
+
+
+def decode(task: Task) -> Iterator[Chunk]:
+    """The loop: propose, one target forward over root and tree, verify, commit, observe. Plain decoding is the empty
+    proposal. Yields each round's text, tokens, and who produced them."""
+    request, target, drafter, trace = task.request, task.target, task.drafter, task.trace
+    sampling, ending = request.sampling, task.ending
+    draft_chance, chance = sampling.chance("draft"), sampling.chance("verify")
+    with trace.prefill():
+        target.append(request.prompt)
+        target.prefill()
+        state = drafter.start(request)
+        policy = task.policy.start()
+    while ending.reason is None:
+        with trace.round() as record:
+            plan = policy.plan().limited(ending.room - 1)
+            with trace.stage("draft"):
+                proposal = drafter.propose(state, plan, draft_chance)
+            with trace.stage("verify"):
+                rows, broken = finite(target.forward(proposal.tree))
+                p = sampling.probabilities(rows.logits, target.tokens, proposal.tree)
+                verdict = task.verifier.verify(p, proposal, len(target.tokens), chance)
+                outcome = task.settle(task, rows, conclude(proposal, verdict, rows, broken))
+            with trace.stage("commit"):
+                target.commit(outcome.path, outcome.tokens)
+                state = drafter.observe(state, outcome)
+            record.take(drafter.name, outcome)
+            chunk = ending.cut(outcome, drafter.name, log_probabilities(outcome) if task.logprobs else None)
+        policy.observe(record)
+        yield chunk
+        if outcome.broken and ending.reason is None:
+            raise NonFiniteLogitsError(len(target.tokens), ending.tokens, ending.text)

@@ -1,0 +1,98 @@
+"""The drafter's contract: start, propose, observe. A drafter proposes; it never touches the sequence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from specdec.chance import Chance
+from specdec.policy import Plan
+from specdec.proposal import Draw, Proposal
+from specdec.runtime.session import Session
+from specdec.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is being decoded: known before the first round, the same for every round."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    draw: Draw  # how the verifier wants tokens drawn
+    vocab_size: int  # the target's
+    max_length: int  # prompt and text together never get longer
+    eos_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of a proposal."""
+
+    proposal: Proposal
+    path: tuple[int, ...]  # accepted nodes, from the root down
+    tokens: tuple[int, ...]  # emitted: the accepted ones, then the target's own
+    logits: Tensor  # the target's raw logits [N + 1, V], root first
+    broken: bool = False  # the next position has no finite logits: the target's own token is missing
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.path)
+
+    @property
+    def num_evaluated(self) -> int:
+        """Depths at which acceptance was decided: accepted ones, and the one where it ended on a rejection."""
+        last = self.path[-1] if self.path else -1
+        return len(self.path) + bool(self.proposal.tree.children(last))
+
+
+@dataclass(frozen=True, eq=False)
+class BuildContext:
+    """What a drafter named by the user is built from: `source` is a folder or hub id of weights, when one was given."""
+
+    target: Any
+    tokenizer: Any = None
+    source: str | None = None
+    device: Any = None
+    dtype: Any = None
+
+
+class Drafter(ABC):
+    """Proposes tokens. `State` is whatever `start` returns: all that changes during a text lives there.
+
+    Calling `propose` twice from one state gives the same proposal (with a `chance` in the same state).
+    """
+
+    #: How this drafter can draw its nodes, in no order; the verifier chooses.
+    draws: ClassVar[frozenset[Draw]] = frozenset({Draw.POINT})
+    #: Whether it can branch.
+    trees: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, context: BuildContext, **options: Any) -> Drafter:
+        """Make the drafter for `--drafter NAME`; plugins that load weights or need the tokenizer override this."""
+        return cls(**options)
+
+    @property
+    def name(self) -> str:
+        """Shown in reports and as the origin of tokens."""
+        return type(self).__name__
+
+    @abstractmethod
+    def start(self, request: Request) -> Any:
+        """The state before the first round: prompt seen, nothing proposed."""
+
+    @abstractmethod
+    def propose(self, state: Any, plan: Plan, chance: Chance) -> Proposal:
+        """At most `plan.depth` tokens deep; fewer, or none, whenever the drafter has nothing better."""
+
+    @abstractmethod
+    def observe(self, state: Any, outcome: Outcome) -> Any:
+        """The state after a round."""
+
+    def sessions(self, state: Any) -> Sequence[Session]:
+        """Sessions held by the state, for memory reports and reuse."""
+        return ()

@@ -1,0 +1,49 @@
+"""Every error that a user can meet. Each message says what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SpecdecError(Exception):
+    """Base of all errors raised by specdec."""
+
+
+class InputError(SpecdecError, ValueError):
+    """An argument is out of range, or arguments do not fit together."""
+
+
+class UnknownPluginError(InputError):
+    """No plugin of that name is installed."""
+
+
+class IncompatiblePairError(InputError):
+    """Target and draft, or drafter and verifier, cannot work together."""
+
+
+class UnsupportedModelError(InputError):
+    """The model's cache cannot be rewound, or its weights cannot be read safely."""
+
+
+class DrafterError(SpecdecError, RuntimeError):
+    """A drafter raised, or returned a malformed proposal, in the middle of a text."""
+
+
+class DrafterWarning(UserWarning):
+    """A drafter failed; the text was finished by plain decoding."""
+
+
+class NonFiniteLogitsError(SpecdecError, ArithmeticError):
+    """The target produced NaN or infinite logits.
+
+    `position` is the absolute position that could not be decided; `tokens` and `text` hold what was emitted before.
+    """
+
+    def __init__(self, position: int, tokens: Sequence[int], text: str = ""):
+        super().__init__(
+            f"the target's logits for position {position} are NaN or infinite; {len(tokens)} tokens were emitted "
+            "before it and are in this exception's `tokens`. Try dtype='float32', or check the weights."
+        )
+        self.position = position
+        self.tokens = list(tokens)
+        self.text = text

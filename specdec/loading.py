@@ -1,0 +1,125 @@
+"""Loading models, tokenizers and drafters by name. Safetensors only; remote code only when asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from specdec import registry
+from specdec.drafter import BuildContext, Drafter
+from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelError
+
+EMBEDDED = Path(__file__).parent / "pair"
+# Where a drafter's own configuration says what it is.
+DRAFTER_KEY = "specdec_drafter"
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
+    """None: float32 on CPU, where half precision changes texts with the draft length; else the checkpoint's own."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise InputError(f"no dtype is called {dtype!r}; try 'float32', 'bfloat16' or 'float16'")
+        return found
+    return dtype
+
+
+def load_model(
+    source: str | Path, *, device: Any = None, dtype: Any = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal LM from a folder or hub id, in evaluation mode. Raises `UnsupportedModelError` for pickled weights."""
+    device = torch.device(device) if device is not None else default_device()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            dtype=choose_dtype(dtype, device),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        folder = Path(source)
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+            raise UnsupportedModelError(
+                f"{source} has pickled weights only, which can run code when read; convert it once with "
+                "model.save_pretrained(folder), which writes safetensors"
+            ) from error
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(f"cannot load a model from {source}: {first}") from error
+    if "device_map" not in kwargs:
+        model = model.to(device)
+    return model.eval()
+
+
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that stands beside the weights, or None when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_same_tokenizer(target: Any, draft: Any) -> None:
+    """Raise `IncompatiblePairError` unless both tokenizers give the same ids; sizes may differ by padding."""
+    if target is None or draft is None:
+        return
+    a, b = target.get_vocab(), draft.get_vocab()
+    differing = [piece for piece in a.keys() & b.keys() if a[piece] != b[piece]]
+    by_id = {i: piece for piece, i in b.items()}
+    clashing = [piece for piece, i in a.items() if i in by_id and by_id[i] != piece]
+    if not differing and not clashing:
+        probe = "def f(x):\n    return 'Größe 你好 🙂' + str(x - 1_000)  # 3.14  two  spaces\n"
+        if target(probe)["input_ids"] == draft(probe)["input_ids"]:
+            return
+    example = f" (for example {differing[0]!r})" if differing else ""
+    raise IncompatiblePairError(
+        f"target and draft have different tokenizers{example}: a drafted id would mean another text. "
+        "Choose a draft of the same family, or a drafter without weights: drafter='ngram' or 'suffix'"
+    )
+
+
+def _folder_config(source: str) -> dict[str, Any]:
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Drafter:
+    """`drafter`: a plugin's name, a folder or hub id of weights, a loaded model, a `Drafter`, or None."""
+    if isinstance(drafter, Drafter):
+        return drafter
+    if isinstance(drafter, torch.nn.Module):
+        return registry.find("drafter", "model")(drafter, **options)
+    if drafter is None:
+        drafter = "none"
+    name = str(drafter)
+    if name in registry.available("drafter"):
+        own = EMBEDDED / "draft" if name == "model" else EMBEDDED / name
+        source = str(own) if context.source == str(EMBEDDED / "target") and own.is_dir() else None
+        plugin = registry.find("drafter", name)
+    elif Path(name).is_dir() or "/" in name:
+        source = name
+        plugin = registry.find("drafter", _folder_config(name).get(DRAFTER_KEY, "model"))
+    else:
+        registry.find("drafter", name)  # raises, with the nearest names
+        raise AssertionError("unreachable")
+    if source is not None:
+        check_same_tokenizer(context.tokenizer, load_tokenizer(source))
+    return plugin.build(
+        BuildContext(context.target, context.tokenizer, source, context.device, context.dtype), **options
+    )

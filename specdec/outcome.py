@@ -1,0 +1,43 @@
+"""From a verdict on the device to an outcome on the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from specdec.drafter import Outcome
+from specdec.proposal import Proposal
+from specdec.runtime.session import Rows
+from specdec.verifier import Verdict
+
+
+def finite(rows: Rows) -> tuple[Rows, Tensor]:
+    """Rows with NaN or infinite logits, replaced by flat ones and flagged (bool `[N + 1]`).
+
+    A flagged row matters only when the accepted path reaches it: plain decoding would never see the others.
+    """
+    broken = ~torch.isfinite(rows.logits.amax(-1))
+    if not bool(broken.any()):
+        return rows, broken
+    return replace(rows, logits=rows.logits.masked_fill(broken[:, None], 0.0)), broken
+
+
+def conclude(proposal: Proposal, verdict: Verdict, rows: Rows, broken: Tensor) -> Outcome:
+    """Read the verdict (one transfer) and cut it before the first row on its path that has no finite logits."""
+    packed = torch.stack((verdict.node.to(verdict.token.device), verdict.token))
+    node, token, *flags = torch.cat((packed, broken.to(packed))).tolist()
+    path = proposal.tree.path(node)
+    tokens = (*proposal.tree.tokens[list(path)].tolist(), token)
+    for count, at in enumerate((-1, *path)):
+        if flags[at + 1]:
+            return Outcome(proposal, path[:count], tokens[:count], rows.logits, broken=True)
+    return Outcome(proposal, path, tokens, rows.logits)
+
+
+def log_probabilities(outcome: Outcome) -> list[float]:
+    """Of the emitted tokens under the target's own distribution, before temperature and filters."""
+    rows = [0, *(node + 1 for node in outcome.path)][: len(outcome.tokens)]
+    log_p = outcome.logits[rows].float().log_softmax(-1)
+    return log_p.gather(1, torch.tensor(outcome.tokens, device=log_p.device)[:, None])[:, 0].tolist()

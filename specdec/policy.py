@@ -1,0 +1,271 @@
+"""How many tokens to draft, and in which shape.
+
+A policy is a frozen description; `start` gives the run that learns during one text.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from specdec.errors import InputError
+
+MAX_DEPTH = 64
+
+
+def check_k(k: int) -> None:
+    if not isinstance(k, int) or k < 1:
+        raise InputError(f"k is the number of drafted tokens per round and must be a whole number >= 1, not {k!r}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round's budget. `branching[d]`: children of every node at depth d; empty means a chain.
+
+    `stop_below`: stop *after* a drafted token whose own draft probability is below it. The token is kept and
+    verified, which is what makes the rule exact (algorithm notes: dropping it is not).
+    """
+
+    depth: int
+    branching: tuple[int, ...] = ()
+    stop_below: float = 0.0
+
+    def children(self, depth: int) -> int:
+        return self.branching[depth] if depth < len(self.branching) else 1
+
+    def limited(self, depth: int) -> Plan:
+        return self if self.depth <= depth else Plan(max(0, depth), self.branching[: max(0, depth)], self.stop_below)
+
+
+class RoundFacts(Protocol):
+    """What a policy may learn from: one round of a trace."""
+
+    @property
+    def depth_proposed(self) -> int: ...
+    @property
+    def num_accepted(self) -> int: ...
+    @property
+    def num_evaluated(self) -> int: ...
+    @property
+    def num_nodes(self) -> int: ...
+    @property
+    def seconds(self) -> dict[str, float]: ...
+
+
+class PolicyRun(ABC):
+    """A policy at work on one text."""
+
+    @abstractmethod
+    def plan(self) -> Plan: ...
+
+    def observe(self, facts: RoundFacts) -> None:
+        """Learn from a finished round; most policies have nothing to learn."""
+        return None
+
+
+class Policy(ABC):
+    """Lossless: yes. A plan is made before the round's tokens are drawn, or stops after a token that is kept."""
+
+    @property
+    def branches(self) -> bool:
+        """Whether plans branch, so that drafters and verifiers without trees can be refused beforehand."""
+        return False
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @abstractmethod
+    def start(self) -> PolicyRun: ...
+
+
+@dataclass
+class _Constant(PolicyRun):
+    value: Plan
+
+    def plan(self) -> Plan:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Fixed(Policy):
+    """Always `k` tokens deep; with `branching`, a tree: `Fixed(3, (4, 2, 1))` has 4 + 8 + 8 nodes."""
+
+    k: int = 5
+    branching: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_k(self.k)
+        if any(not isinstance(b, int) or b < 1 for b in self.branching) or len(self.branching) > self.k:
+            raise InputError(f"branching has one number >= 1 per depth, at most k = {self.k} of them: {self.branching}")
+
+    @property
+    def branches(self) -> bool:
+        return any(b > 1 for b in self.branching)
+
+    @property
+    def name(self) -> str:
+        shape = "x".join(map(str, self.branching))
+        return f"fixed(k={self.k}{', tree ' + shape if self.branches else ''})"
+
+    def start(self) -> PolicyRun:
+        return _Constant(Plan(self.k, self.branching))
+
+
+@dataclass(frozen=True)
+class Confidence(Policy):
+    """Up to `k` tokens; stop after one whose draft probability is below `threshold` (the exact stop-after form)."""
+
+    threshold: float = 0.4
+    k: int = 10
+
+    def __post_init__(self) -> None:
+        check_k(self.k)
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"threshold must lie in [0, 1], not {self.threshold}")
+
+    @property
+    def name(self) -> str:
+        return f"confidence(threshold={self.threshold}, k={self.k})"
+
+    def start(self) -> PolicyRun:
+        return _Constant(Plan(self.k, stop_below=self.threshold))
+
+
+@dataclass
+class _HeuristicRun(PolicyRun):
+    k: int
+    limit: int
+
+    def plan(self) -> Plan:
+        return Plan(self.k)
+
+    def observe(self, facts: RoundFacts) -> None:
+        if facts.depth_proposed:
+            full = facts.num_accepted == facts.depth_proposed
+            self.k = min(self.limit, self.k + 2) if full else max(1, self.k - 1)
+
+
+@dataclass(frozen=True)
+class Heuristic(Policy):
+    """Two more after full acceptance, one fewer otherwise (the schedule of `transformers`)."""
+
+    k: int = 5
+    limit: int = 20
+
+    def __post_init__(self) -> None:
+        check_k(self.k)
+        check_k(self.limit)
+
+    @property
+    def name(self) -> str:
+        return f"heuristic(k={self.k})"
+
+    def start(self) -> PolicyRun:
+        return _HeuristicRun(self.k, self.limit)
+
+
+@dataclass
+class _Average:
+    """An average that forgets: the weight of a sample halves every `half_life` samples."""
+
+    half_life: float
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, value: float) -> None:
+        keep = 0.5 ** (1 / self.half_life)
+        self.total, self.weight = self.total * keep + value, self.weight * keep + 1
+
+    def mean(self, prior: float, strength: float) -> float:
+        return (self.total + prior * strength) / (self.weight + strength)
+
+
+@dataclass
+class ThroughputRun(PolicyRun):
+    """See `Throughput`."""
+
+    limit: int
+    k: int
+    probe_every: int
+    accepts: list[_Average] = field(default_factory=list)
+    verify: dict[int, _Average] = field(default_factory=dict)
+    draft: _Average = field(default_factory=lambda: _Average(16))
+    other: _Average = field(default_factory=lambda: _Average(16))
+    rounds: int = 0
+    since_probe: int = 0
+
+    def acceptance(self, depth: int) -> float:
+        """P(accepted at this depth | reached it), from evaluated positions only, pulled to the depth before."""
+        estimate = 0.7
+        for d in range(depth + 1):
+            estimate = (self.accepts[d] if d < len(self.accepts) else _Average(1)).mean(estimate, 2.0)
+        return estimate
+
+    def verify_seconds(self, width: int) -> float:
+        """Cost of a target forward over `width` rows: measured where it ran, linear between and beyond."""
+        known = sorted((w, a.total / a.weight) for w, a in self.verify.items())
+        below = [x for x in known if x[0] <= width] or known[:1]
+        above = [x for x in known if x[0] >= width] or known[-1:]
+        (w0, t0), (w1, t1) = below[-1], above[0]
+        return t0 if w1 <= w0 else t0 + (t1 - t0) * (width - w0) / (w1 - w0)
+
+    def rate(self, k: int) -> float:
+        """Expected tokens per second at draft length k."""
+        survive, expected = 1.0, 1.0
+        for depth in range(k):
+            survive *= self.acceptance(depth)
+            expected += survive
+        drafting = self.draft.mean(0.0, 0.0) * k if self.draft.weight else 0.0
+        other = self.other.mean(0.0, 0.0) if self.other.weight else 0.0
+        return expected / (self.verify_seconds(k + 1) + drafting + other)
+
+    def plan(self) -> Plan:
+        if self.rounds < 2:
+            return Plan(self.k)  # measure first
+        best = max(range(self.limit + 1), key=self.rate)
+        if self.since_probe >= self.probe_every:
+            # A deeper look keeps estimates beyond the usual length alive; at k = 0 it may find the way back.
+            self.since_probe = 0
+            best = min(self.limit, best + 2)
+        self.k = best
+        return Plan(best)
+
+    def observe(self, facts: RoundFacts) -> None:
+        self.rounds += 1
+        self.since_probe += 1
+        for depth in range(facts.num_evaluated):
+            if depth == len(self.accepts):
+                self.accepts.append(_Average(64))
+            self.accepts[depth].add(float(depth < facts.num_accepted))
+        seconds = facts.seconds
+        self.verify.setdefault(facts.num_nodes + 1, _Average(16)).add(seconds.get("verify", 0.0))
+        if facts.depth_proposed:
+            self.draft.add(seconds.get("draft", 0.0) / facts.depth_proposed)
+        self.other.add(seconds.get("commit", 0.0) + seconds.get("other", 0.0))
+
+
+@dataclass(frozen=True)
+class Throughput(Policy):
+    """Picks the k, 0 included, with the highest expected tokens per second, and probes now and then.
+
+    Acceptance by position comes from evaluated positions only; draft, verify and overhead costs are this session's
+    own, measured as it runs. (Goodput: Liu et al., arXiv 2406.14066.) Since it follows the clock, rounds differ
+    between runs; texts do not under a verifier that keeps the seed.
+    """
+
+    k: int = 4  # of the first rounds
+    limit: int = 16
+    probe_every: int = 24
+
+    def __post_init__(self) -> None:
+        for value in (self.k, self.limit, self.probe_every):
+            check_k(value)
+
+    @property
+    def name(self) -> str:
+        return "throughput"
+
+    def start(self) -> ThroughputRun:
+        return ThroughputRun(self.limit, min(self.k, self.limit), self.probe_every)

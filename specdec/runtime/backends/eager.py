@@ -1,0 +1,98 @@
+"""The eager backend: the stock `transformers` model, called step by step on the slot cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from specdec.errors import InputError
+from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
+from specdec.runtime.cache import SlotCache, check_rewindable, layer_types
+
+# Attention implementations that take a dense 4-D mask; flash kernels do not, and flex aborts on one.
+_DENSE_MASK = ("sdpa", "eager")
+_NO_LIMIT = 1 << 30
+
+
+class EagerBackend(Backend):
+    """Lossless: yes; float rounding may differ between row counts (see docs/lossless.md)."""
+
+    def __init__(self, model: torch.nn.Module, cache: SlotCache | None = None):
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self._types = layer_types(self.config)
+        context = getattr(self.config, "max_position_embeddings", None) or _NO_LIMIT
+        self._capabilities = Capabilities(
+            vocab_size=model.get_output_embeddings().weight.shape[0],
+            context=context,
+            device=next(model.parameters()).device,
+            dtype=model.dtype,
+        )
+        self.cache = cache or SlotCache(self.config.num_hidden_layers, context)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def open(cls, model: Any, **options: Any) -> Self:
+        if options:
+            raise InputError(f"the eager backend takes no options, not {sorted(options)}")
+        check_rewindable(model)
+        if model.training:
+            raise InputError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first")
+        attention = model.config._attn_implementation
+        if attention not in _DENSE_MASK:
+            raise InputError(
+                f"the model uses {attention!r} attention, which takes no tree mask; load it with "
+                "attn_implementation='sdpa', or call model.set_attn_implementation('sdpa')"
+            )
+        return cls(model)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def _bias(self, step: Step, sliding: bool) -> Tensor:
+        allowed = step.mask_MC
+        if sliding:
+            allowed = allowed & (step.positions[:, None] - step.key_positions_C[None, :] < self.config.sliding_window)
+        dtype = self._capabilities.dtype
+        bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+        return bias[None, None].to(self._capabilities.device)
+
+    def _masks(self, step: Step) -> Tensor | dict[str, Tensor]:
+        """One mask, or one per layer type where the model mixes types. A float bias: eager attention adds it."""
+        kinds = {kind: self._bias(step, kind == "sliding_attention") for kind in set(self._types)}
+        return kinds if len(kinds) > 1 else next(iter(kinds.values()))
+
+    @torch.inference_mode()
+    def forward(self, step: Step) -> StepResult:
+        self.cache.place(step.start, len(step.tokens))
+        device = self._capabilities.device
+        keep = {"logits_to_keep": step.num_logits} if self._keeps_logits else {}
+        out = self.model(
+            input_ids=step.tokens[None].to(device),
+            position_ids=step.positions[None].to(device),
+            attention_mask=self._masks(step),
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=step.hidden,
+            **keep,
+        )
+        hidden = tuple(h[0, -step.num_logits :] for h in out.hidden_states) if step.hidden else None
+        return StepResult(out.logits[0, -step.num_logits :], hidden)
+
+    @torch.inference_mode()
+    def gather(self, slots: Sequence[int], start: int) -> None:
+        self.cache.gather(slots, start)
+
+    @torch.inference_mode()
+    def fork(self, length: int) -> Self:
+        return type(self)(self.model, self.cache.fork(length))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.cache.num_bytes

@@ -1,0 +1,154 @@
+"""One sequence of one model on the KV runtime.
+
+A session holds committed tokens and, behind them, the nodes of a tree that may or may not be accepted. Every committed
+token but the last few has its keys and values in the cache; the next forward computes what is pending. So prefill,
+the catch-up of a draft model after full acceptance, plain decoding and tree verification are one operation.
+
+Shape suffixes: M rows of one step, C cached slots, N tree nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from specdec.errors import InputError
+from specdec.runtime.backend import Backend, Step, StepResult
+from specdec.tree import TokenTree, structure
+
+# Rows of one prefill step: bounds the logits and attention scratch of long prompts.
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a forward returns for its nodes: -1 stands for the root, the last committed token."""
+
+    nodes: tuple[int, ...]
+    logits: Tensor  # [len(nodes), V]
+    hidden: tuple[Tensor, ...] | None = None
+
+
+@lru_cache(maxsize=4096)
+def _tree_block(num_pending: int, parents: tuple[int, ...], first: int) -> Tensor:
+    """Which of the pending tokens and nodes each new row sees: bool `[pending + new nodes, pending + N]`."""
+    n = len(parents)
+    block = torch.zeros(num_pending + n, num_pending + n, dtype=torch.bool)
+    block[:num_pending, :num_pending] = torch.ones(num_pending, num_pending, dtype=torch.bool).tril()
+    block[num_pending:, :num_pending] = True
+    block[num_pending:, num_pending:] = structure(parents).ancestors_NN
+    return torch.cat((block[:num_pending], block[num_pending + first :]))
+
+
+class Session:
+    """`append` tokens, `forward` a tree, `commit` a path, `rewind` to a length, `fork` a prefilled prompt."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.tokens: list[int] = []
+        self.num_cached = 0  # leading tokens whose keys and values stand in the cache
+        self.tree = TokenTree.empty()  # nodes computed since the last commit
+
+    @property
+    def context(self) -> int:
+        return self.backend.capabilities.context
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add committed tokens; they are computed by the next forward."""
+        self.drop_tree()
+        self.tokens.extend(tokens)
+
+    def prefill(self) -> None:
+        """Compute every pending token but the last, in chunks."""
+        while len(self.tokens) - 1 > self.num_cached:
+            count = min(PREFILL_CHUNK, len(self.tokens) - 1 - self.num_cached)
+            self._step(self.tokens[self.num_cached : self.num_cached + count], TokenTree.empty(), 1, False)
+            self.num_cached += count
+
+    def forward(self, tree: TokenTree | None = None, *, hidden: bool = False) -> Rows:
+        """Logits of the root (when it is still pending) and of the nodes that are new since the last forward.
+
+        A tree that is longer than the last one must start with the same nodes: this is how a drafter grows one.
+        """
+        tree = tree if tree is not None else TokenTree.empty()
+        if not self.tokens:
+            raise InputError("a session needs at least one token before it can predict the next")
+        if len(self.tokens) - self.num_cached > PREFILL_CHUNK:
+            self.prefill()
+        first = len(self.tree)
+        if tree.parents[:first] != self.tree.parents:
+            raise InputError("forward(tree): the tree does not extend the one that was computed; drop_tree() first")
+        pending = self.tokens[self.num_cached :]
+        nodes = ((-1,) if pending else ()) + tuple(range(first, len(tree)))
+        if not nodes:
+            raise InputError("forward(tree): nothing is new; every row was returned before")
+        result = self._step(pending, tree, len(nodes), hidden)
+        self.num_cached = len(self.tokens)
+        self.tree = tree
+        return Rows(nodes, result.logits, result.hidden)
+
+    def _step(self, pending: Sequence[int], tree: TokenTree, num_logits: int, hidden: bool) -> StepResult:
+        first = len(self.tree)
+        base = self.num_cached + len(pending)  # slots of nodes start here
+        start = self.num_cached if pending else base + first
+        block = _tree_block(len(pending), tree.parents, first)
+        mask = torch.ones(block.shape[0], self.num_cached + block.shape[1], dtype=torch.bool)
+        mask[:, self.num_cached :] = block
+        depths = torch.tensor(tree.depths, dtype=torch.int64)
+        key_positions = torch.cat((torch.arange(base), depths + (base - 1)))
+        positions = torch.cat((key_positions[self.num_cached : base], key_positions[base + first :]))
+        tokens = torch.tensor(list(pending), dtype=torch.int64)
+        if len(tree) > first:
+            tokens = torch.cat((tokens.to(tree.tokens.device), tree.tokens[first:]))
+        return self.backend.forward(Step(tokens, positions, key_positions, mask, start, num_logits, hidden))
+
+    def recompute(self, node: int) -> Tensor:
+        """Logits `[V]` of one computed row (-1: the root), computed again alone, over its own slot."""
+        base = len(self.tokens)
+        slot = base + node
+        mask = torch.zeros(1, slot + 1, dtype=torch.bool)
+        mask[:, :base] = True
+        positions = torch.arange(slot + 1)
+        if node >= 0:
+            mask[:, base:] = self.tree.ancestors_NN[node, : node + 1]
+            positions[base:] = torch.tensor(self.tree.depths[: node + 1]) + (base - 1)
+            token = self.tree.tokens[node : node + 1]
+        else:
+            token = torch.tensor(self.tokens[-1:])
+        return self.backend.forward(Step(token, positions[-1:], positions, mask, slot, 1)).logits[0]
+
+    def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
+        """Accept `path` (nodes from the root down) and append `tokens`: the path's, then those that follow.
+
+        Keys and values of computed nodes are kept; a path node that was never computed here is pending, no more.
+        """
+        computed = [node for node in path if node < len(self.tree)]
+        base = len(self.tokens)
+        if self.num_cached == base:  # else the nodes were never computed
+            self.backend.gather([base + node for node in computed], base)
+            self.num_cached += len(computed)
+        self.tokens.extend(tokens)
+        self.tree = TokenTree.empty()
+
+    def drop_tree(self) -> None:
+        """Forget the nodes behind the committed tokens; the next forward starts at the root again."""
+        self.tree = TokenTree.empty()
+        self.num_cached = max(0, min(self.num_cached, len(self.tokens) - 1))
+
+    def rewind(self, length: int) -> None:
+        """Forget everything after the first `length` tokens. O(1): an index moves."""
+        if not 0 <= length <= len(self.tokens):
+            raise InputError(f"cannot rewind to {length}: the session holds {len(self.tokens)} tokens")
+        del self.tokens[length:]
+        self.drop_tree()
+
+    def fork(self) -> Session:
+        """An independent session with the same committed tokens and a copy of their keys and values."""
+        twin = Session(self.backend.fork(self.num_cached))
+        twin.tokens = list(self.tokens)
+        twin.num_cached = self.num_cached
+        return twin

@@ -1,0 +1,158 @@
+"""One record per round; every statistic, plot and replay derives from it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from specdec.drafter import Outcome
+
+STAGES = ("prefill", "draft", "verify", "commit", "other")
+
+
+@dataclass
+class Round:
+    """One round. `num_emitted` counts the accepted tokens and the target's own one, before any cut at the end."""
+
+    num_nodes: int = 0
+    depth_proposed: int = 0
+    num_accepted: int = 0
+    num_evaluated: int = 0
+    num_emitted: int = 0
+    drafter: str = ""
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    def take(self, drafter: str, outcome: Outcome) -> None:
+        """Record what became of this round's proposal."""
+        tree = outcome.proposal.tree
+        self.drafter = drafter
+        self.num_nodes, self.depth_proposed = len(tree), tree.max_depth
+        self.num_accepted, self.num_evaluated = outcome.num_accepted, outcome.num_evaluated
+        self.num_emitted = len(outcome.tokens)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Acceptance, in the field's own names. `accepted` excludes the target's own token of a round.
+
+    `mean_acceptance_length` = 1 + accepted / rounds (vLLM's convention, bonus included); `draft_acceptance_rate` =
+    accepted / drafted; `acceptance_histogram[n]` = rounds that accepted n; `joint_acceptance[i]` = share of rounds
+    that accepted more than i tokens; `conditional_acceptance[i]` = the same among rounds that decided about depth i.
+    """
+
+    num_tokens: int
+    num_rounds: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+    mean_acceptance_length: float
+    draft_acceptance_rate: float
+    acceptance_histogram: dict[int, int]
+    joint_acceptance: list[float]
+    conditional_acceptance: list[float]
+    seconds: dict[str, float]
+    lossless: bool = True
+    drafter_error: str | None = None
+    num_redecided: int = 0
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding alone: the prefill is not counted."""
+        decoding = self.total_seconds - self.seconds["prefill"]
+        return self.num_tokens / decoding if decoding > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())
+        lines = [
+            f"{self.num_tokens} tokens in {self.num_rounds} rounds, {self.tokens_per_second:.1f} tokens/s",
+            f"mean acceptance length {self.mean_acceptance_length:.2f}, "
+            f"{self.num_accepted_draft_tokens} of {self.num_draft_tokens} drafted tokens accepted "
+            f"({self.draft_acceptance_rate:.1%})",
+            f"seconds: {stages}",
+        ]
+        if not self.lossless:
+            lines.append("LOSSY: the verifier does not keep the target's distribution")
+        if self.drafter_error:
+            lines.append(f"finished by plain decoding: {self.drafter_error}")
+        return "\n".join(lines)
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
+
+
+def summarize(rounds: Sequence[Round], num_tokens: int, prefill: float = 0.0, **extra: Any) -> Stats:
+    """Statistics of any set of rounds: one text, or many texts pooled."""
+    accepted, drafted = sum(r.num_accepted for r in rounds), sum(r.num_nodes for r in rounds)
+    depth = max((r.num_evaluated for r in rounds), default=0)
+    reached = [sum(r.num_evaluated > d for r in rounds) for d in range(depth)]
+    passed = [sum(r.num_accepted > d for r in rounds) for d in range(depth)]
+    seconds = {stage: sum(r.seconds[stage] for r in rounds) for stage in STAGES}
+    seconds["prefill"] += prefill
+    return Stats(
+        num_tokens=num_tokens,
+        num_rounds=len(rounds),
+        num_draft_tokens=drafted,
+        num_accepted_draft_tokens=accepted,
+        mean_acceptance_length=1 + _ratio(accepted, len(rounds)),
+        draft_acceptance_rate=_ratio(accepted, drafted),
+        acceptance_histogram=dict(sorted(Counter(r.num_accepted for r in rounds).items())),
+        joint_acceptance=[_ratio(n, len(rounds)) for n in passed],
+        conditional_acceptance=[_ratio(n, m) for n, m in zip(passed, reached, strict=True)],
+        seconds=seconds,
+        **extra,
+    )
+
+
+class Trace:
+    """The record of one text. The clock belongs to it: `with trace.stage("verify")` inside `with trace.round()`."""
+
+    def __init__(self) -> None:
+        self.rounds: list[Round] = []
+        self.prefill_seconds = 0.0
+        self.num_tokens = 0
+        self.lossless = True
+        self.drafter_error: str | None = None
+        self.num_redecided = 0
+        self.current = Round()
+
+    @contextmanager
+    def prefill(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.prefill_seconds += time.perf_counter() - started
+
+    @contextmanager
+    def round(self) -> Iterator[Round]:
+        started = time.perf_counter()
+        self.current = Round()
+        yield self.current
+        self.current.seconds["other"] += time.perf_counter() - started - sum(self.current.seconds.values())
+        self.rounds.append(self.current)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.current.seconds[name] += time.perf_counter() - started
+
+    @property
+    def stats(self) -> Stats:
+        return summarize(
+            self.rounds,
+            self.num_tokens,
+            self.prefill_seconds,
+            lossless=self.lossless,
+            drafter_error=self.drafter_error,
+            num_redecided=self.num_redecided,
+        )
