@@ -63,15 +63,15 @@ def rate(progress: float) -> float:
 class Batches:
     """Random windows, drawn without replacement within a pass; the state is (pass, position)."""
 
-    def __init__(self, tokens: np.ndarray, length: int, seed: int):
-        self.tokens, self.length, self.seed = tokens, length, seed
+    def __init__(self, tokens: np.ndarray, length: int, seed: int, aligned: bool = False):
+        self.tokens, self.length, self.seed, self.aligned = tokens, length, seed, aligned
         self.epoch, self.at = 0, 0
         self._shuffle()
 
     def _shuffle(self) -> None:
         rng = np.random.default_rng((self.seed, self.epoch))
-        offset = int(rng.integers(self.length))
-        starts = np.arange(offset, len(self.tokens) - self.length - 1, self.length)
+        offset = 0 if self.aligned else int(rng.integers(self.length))
+        starts = np.arange(offset, len(self.tokens) - self.length + 1, self.length)
         self.order = rng.permutation(starts)
 
     def restore(self, epoch: int, at: int) -> None:
