@@ -1,0 +1,36 @@
+"""All checks, in the order in which they are cheap: `python -m tests [pytest arguments]`.
+
+The type check runs on the package as it is installed, from outside the root: the package directory map puts
+`drafters/` and `verifiers/` inside `specdec`, which a checker that reads the source tree would not see.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(title: str, *command: str, cwd: Path = ROOT) -> None:
+    print(f"== {title}", flush=True)
+    code = subprocess.run([sys.executable, "-m", *command], cwd=cwd).returncode
+    if code:
+        sys.exit(code)
+
+
+def main() -> None:
+    run("lint", "ruff", "check", ".")
+    run("format", "ruff", "format", "--check", ".")
+    with tempfile.TemporaryDirectory() as folder:
+        install = ("pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", folder, str(ROOT))
+        run("install for the type check", *install)
+        config = str(ROOT / "pyproject.toml")
+        run("types", "mypy", "--config-file", config, "-p", "specdec", cwd=Path(folder))
+    run("tests", "pytest", *sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
