@@ -85,45 +85,45 @@ class ModelDrafter(Drafter):
         session, request = state.session, state.request
         session.drop_tree()
         plan = plan.limited(session.context - len(session.tokens) + 1)
-        tree, rows_of, q_rows = TokenTree.empty(), [], []
         draw = Draw.POINT if request.sampling.is_greedy else request.draw
-        growing: Sequence[int] = (-1,)
+        tree, growing = TokenTree.empty(), [-1]
+        drawn_from: list[Tensor] = []  # one block of rows per level
+        q_rows: list[int] = []
         for depth in range(plan.depth):
             rows = session.forward(tree)
-            kept = [i for i, node in enumerate(rows.nodes) if node in growing]
-            nodes = [rows.nodes[i] for i in kept]
-            logits = rows.logits if len(kept) == len(rows.nodes) else rows.logits[kept]
-            scores = request.sampling.scores(fit_vocabulary(logits, request.vocab_size), session.tokens, tree, nodes)
-            q_FV = scores.softmax(-1)
+            nodes = [node for node in rows.nodes if node in growing]
+            logits = rows.logits if len(nodes) == len(rows.nodes) else rows.logits[[n in growing for n in rows.nodes]]
+            logits = fit_vocabulary(logits, request.vocab_size)
+            scores_FV = request.sampling.scores(logits, session.tokens, tree, nodes)
             position = len(session.tokens) + depth
-            tokens_FC = self._draw(q_FV, scores, draw, plan.children(depth), position, chance)
-            parents, tokens, confidence = [], [], []
-            for row, node in enumerate(nodes):
-                present = tokens_FC[row] if plan.children(depth) == 1 else tokens_FC[row][tokens_FC[row] >= 0]
-                parents += [node] * len(present)
-                q_rows += [sum(map(len, rows_of)) + row] * len(present)
-                tokens.append(present)
-                confidence.append(q_FV[row, present])
-            rows_of.append(q_FV)
-            first = len(tree)
-            tree = tree.extend(torch.cat(tokens), parents)
-            growing = range(first, len(tree))
+            tokens_FC = self._draw(scores_FV, draw, plan.children(depth), position, chance)
+            if tokens_FC.shape[1] == 1:
+                row_of, tokens = list(range(len(nodes))), tokens_FC[:, 0]
+            else:
+                present = tokens_FC >= 0
+                row_of, tokens = present.nonzero()[:, 0].tolist(), tokens_FC[present]
+            q_rows += [sum(len(block) for block in drawn_from) + row for row in row_of]
+            if draw is Draw.SAMPLED:
+                drawn_from.append(scores_FV.softmax(-1))
+            growing = list(range(len(tree), len(tree) + len(row_of)))
+            tree = tree.extend(tokens, [nodes[row] for row in row_of])
             if plan.stop_below > 0:
-                sure = (torch.cat(confidence) >= plan.stop_below).tolist()
-                growing = [node for node, keep in zip(growing, sure, strict=True) if keep]
+                sure = scores_FV.softmax(-1)[row_of, tokens] >= plan.stop_below
+                growing = [node for node, keep in zip(growing, sure.tolist(), strict=True) if keep]
             if not growing:
                 break
         if draw is Draw.SAMPLED and len(tree):
-            return Proposal.sampled(tree, torch.cat(rows_of), q_rows)
+            return Proposal.sampled(tree, torch.cat(drawn_from), q_rows)
         return Proposal(tree, (draw,) * len(tree))
 
     @staticmethod
-    def _draw(q_FV: Tensor, scores: Tensor, draw: Draw, count: int, position: int, chance: Chance) -> Tensor:
+    def _draw(scores_FV: Tensor, draw: Draw, count: int, position: int, chance: Chance) -> Tensor:
+        """`[F, count]` children in drawing order; -1 where there are fewer."""
         if draw is Draw.SHARED:
-            return chance.race(q_FV, [position] * len(q_FV), count)
+            return chance.race(scores_FV.softmax(-1), [position] * len(scores_FV), count)
         if draw is Draw.SAMPLED:
-            return without_replacement(q_FV, count, chance)
-        best, index = scores.topk(min(count, scores.shape[-1]))
+            return without_replacement(scores_FV.softmax(-1), count, chance)
+        best, index = scores_FV.topk(min(count, scores_FV.shape[-1]))
         return torch.where(best.isinf(), -1, index) if count > 1 else index
 
     def observe(self, state: ModelState, outcome: Outcome) -> ModelState:

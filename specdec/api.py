@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,7 +206,7 @@ class SpeculativeDecoder:
         return self._run(self._task(prompt, **options))
 
     @staticmethod
-    def _run(task: Task) -> Iterator[Chunk]:
+    def _run(task: Task) -> Generator[Chunk, None, None]:
         chunks = decode(task)
         try:
             for chunk in chunks:
@@ -284,8 +284,8 @@ def load(
     """A decoder from names: `load("Qwen/Qwen3-8B", drafter="Qwen/Qwen3-0.6B")`.
 
     `target`: hub id, local folder or loaded model; None is the embedded pair's target. `drafter`: a plugin's name
-    (`model`, `ngram`, …), hub id, folder, loaded model, `Drafter`, or None for plain decoding. `dtype`: None is float32 on CPU and the
-    checkpoint's own elsewhere. `model_options` go to `from_pretrained` (`device_map`, `quantization_config`, …).
+    (`model`, `ngram`, …), hub id, folder, loaded model, `Drafter`, or None for plain decoding. `dtype`: None is float32
+    on CPU and the checkpoint's own elsewhere. `model_options` go to `from_pretrained` (`device_map`, `quantization_config`, …).
     Remote code runs only with trust_remote_code=True; weights are read from safetensors.
 
     Lossless: yes, unless allow_lossy=True admits a lossy verifier.

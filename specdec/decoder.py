@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from specdec.drafter import Drafter, Request
@@ -31,7 +31,7 @@ class Task:
     settle: Settle = keep  # re-decides doubtful positions when exact=True
 
 
-def decode(task: Task) -> Iterator[Chunk]:
+def decode(task: Task) -> Generator[Chunk, None, None]:
     """The loop: propose, one target forward over root and tree, verify, commit, observe. Plain decoding is the empty
     proposal. Yields each round's text, tokens, and who produced them."""
     request, target, drafter, trace = task.request, task.target, task.drafter, task.trace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
     if isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, torch.nn.Module):
-        return registry.find("drafter", "model")(drafter, **options)
+        wrapped: Drafter = registry.find("drafter", "model")(drafter, **options)
+        return wrapped
     if drafter is None:
         drafter = "none"
     name = str(drafter)
@@ -120,6 +122,5 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
         raise AssertionError("unreachable")
     if source is not None:
         check_same_tokenizer(context.tokenizer, load_tokenizer(source))
-    return plugin.build(
-        BuildContext(context.target, context.tokenizer, source, context.device, context.dtype), **options
-    )
+    built: Drafter = plugin.build(replace(context, source=source), **options)
+    return built

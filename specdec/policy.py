@@ -222,8 +222,9 @@ class ThroughputRun(PolicyRun):
         return expected / (self.verify_seconds(k + 1) + drafting + other)
 
     def plan(self) -> Plan:
-        if self.rounds < 2:
-            return Plan(self.k)  # measure first
+        if self.rounds < 3:
+            # Measure first: a plain round in between tells what one row costs, without which k = 0 never looks good.
+            return Plan(0 if self.rounds == 1 else self.k)
         best = max(range(self.limit + 1), key=self.rate)
         if self.since_probe >= self.probe_every:
             # A deeper look keeps estimates beyond the usual length alive; at k = 0 it may find the way back.

@@ -110,7 +110,8 @@ class Sampling:
                 ids = torch.stack([torch.cat((base, tokens[list(tree.path(nodes[row]))])) for row in rows])
                 scores[rows] = self._by_prefix(ids, scores[rows]).to(scores.dtype)
         empty = torch.empty((scores.shape[0], 0), dtype=torch.int64, device=logits.device)
-        return self._warpers(empty, scores)
+        warped: Tensor = self._warpers(empty, scores)
+        return warped
 
     def probabilities(
         self, logits: Tensor, prefix: Sequence[int], tree: TokenTree, nodes: Sequence[int] | None = None

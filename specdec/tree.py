@@ -93,7 +93,7 @@ class TokenTree:
         return tuple(reversed(path))
 
     def extend(self, tokens: Tensor, parents: Sequence[int]) -> TokenTree:
-        return TokenTree(torch.cat((self.tokens, tokens)), self.parents + tuple(parents))
+        return TokenTree(torch.cat((self.tokens.to(tokens.device), tokens)), self.parents + tuple(parents))
 
     def check(self, vocab_size: int) -> None:
         """Raise `InputError` when the tree cannot be verified: wrong shapes, dtypes, parents, tokens or siblings."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdec.errors import UnsupportedModelError
@@ -27,16 +27,16 @@ def bucket(length: int, limit: int) -> int:
     return min(limit, fitting[0] if fitting else -(-length // BUCKETS[-1]) * BUCKETS[-1])
 
 
-def layer_types(config: PretrainedConfig) -> tuple[str, ...]:
+def layer_types(config: Any) -> tuple[str, ...]:
     """One type per layer, from the configuration; models that name none have a sliding window or full attention."""
     named = getattr(config, "layer_types", None)
     if named is not None:
         return tuple(named)
     kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    return (kind,) * config.num_hidden_layers
+    return (kind,) * int(config.num_hidden_layers)
 
 
-def check_rewindable(model: torch.nn.Module) -> None:
+def check_rewindable(model: Any) -> None:
     """Raise `UnsupportedModelError`, naming the layer type, when the model's state cannot be rolled back."""
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__

@@ -22,7 +22,7 @@ _NO_LIMIT = 1 << 30
 class EagerBackend(Backend):
     """Lossless: yes; float rounding may differ between row counts (see docs/lossless.md)."""
 
-    def __init__(self, model: torch.nn.Module, cache: SlotCache | None = None):
+    def __init__(self, model: Any, cache: SlotCache | None = None):
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
         self._types = layer_types(self.config)
