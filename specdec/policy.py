@@ -196,12 +196,14 @@ class ThroughputRun(PolicyRun):
     rounds: int = 0
     since_probe: int = 0
 
-    def acceptance(self, depth: int) -> float:
-        """P(accepted at this depth | reached it), from evaluated positions only, pulled to the depth before."""
-        estimate = 0.7
-        for d in range(depth + 1):
-            estimate = (self.accepts[d] if d < len(self.accepts) else _Average(1)).mean(estimate, 2.0)
-        return estimate
+    def acceptance(self) -> list[float]:
+        """P(accepted at each depth | reached it), from evaluated positions only, pulled to the depth before."""
+        estimate, estimates = 0.7, []
+        for depth in range(self.limit):
+            if depth < len(self.accepts):
+                estimate = self.accepts[depth].mean(estimate, 2.0)
+            estimates.append(estimate)
+        return estimates
 
     def verify_seconds(self, width: int) -> float:
         """Cost of a target forward over `width` rows: measured where it ran, linear between and beyond."""
@@ -211,21 +213,24 @@ class ThroughputRun(PolicyRun):
         (w0, t0), (w1, t1) = below[-1], above[0]
         return t0 if w1 <= w0 else t0 + (t1 - t0) * (width - w0) / (w1 - w0)
 
-    def rate(self, k: int) -> float:
-        """Expected tokens per second at draft length k."""
-        survive, expected = 1.0, 1.0
-        for depth in range(k):
-            survive *= self.acceptance(depth)
-            expected += survive
-        drafting = self.draft.mean(0.0, 0.0) * k if self.draft.weight else 0.0
+    def rates(self) -> list[float]:
+        """Expected tokens per second at draft lengths 0 .. limit."""
+        drafting = self.draft.mean(0.0, 0.0) if self.draft.weight else 0.0
         other = self.other.mean(0.0, 0.0) if self.other.weight else 0.0
-        return expected / (self.verify_seconds(k + 1) + drafting + other)
+        survive, expected = 1.0, 1.0
+        rates = [expected / (self.verify_seconds(1) + other)]
+        for k, accepted in enumerate(self.acceptance(), 1):
+            survive *= accepted
+            expected += survive
+            rates.append(expected / (self.verify_seconds(k + 1) + drafting * k + other))
+        return rates
 
     def plan(self) -> Plan:
         if self.rounds < 3:
             # Measure first: a plain round in between tells what one row costs, without which k = 0 never looks good.
             return Plan(0 if self.rounds == 1 else self.k)
-        best = max(range(self.limit + 1), key=self.rate)
+        rates = self.rates()
+        best = rates.index(max(rates))
         if self.since_probe >= self.probe_every:
             # A deeper look keeps estimates beyond the usual length alive; at k = 0 it may find the way back.
             self.since_probe = 0
