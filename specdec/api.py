@@ -112,7 +112,12 @@ class SpeculativeDecoder:
                 raise InputError("the tokenizer has no chat template; give the prompt as a string")
             ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
             return list(ids["input_ids"])
-        return [int(token) for token in prompt]  # type: ignore[arg-type]
+        if not all(isinstance(token, int) for token in prompt):
+            raise InputError(
+                "a prompt is one string, one list of token ids, a 1-D tensor, or chat messages; "
+                "for several prompts call generate once for each"
+            )
+        return list(prompt)  # type: ignore[arg-type]
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         ids = self.encode(prompt)

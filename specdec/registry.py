@@ -37,5 +37,5 @@ def find(kind: str, name: str) -> Any:
 
 
 def create(kind: str, value: Any, **options: Any) -> Any:
-    """`value` may be a name, `name(option=value, …)` is not parsed: pass options by keyword. Instances pass through."""
+    """An object of the plugin called `value`, made with `options`; a value that is no name passes through."""
     return find(kind, value)(**options) if isinstance(value, str) else value
