@@ -1,0 +1,25 @@
+"""The exact oracle: every random choice of a drafting law and a verifier enumerated on toy models."""
+
+from specdec.oracle.certificate import TOLERANCE, Measurement, Result, applicable, certify, complete, measure
+from specdec.oracle.chance import EnumeratedChance, OracleError, enumerate_outcomes
+from specdec.oracle.laws import LAWS, Law, MixedSiblings, ModelLaw
+from specdec.oracle.toy import Toy, ToySession
+
+__all__ = [
+    "LAWS",
+    "TOLERANCE",
+    "EnumeratedChance",
+    "Law",
+    "Measurement",
+    "MixedSiblings",
+    "ModelLaw",
+    "OracleError",
+    "Result",
+    "Toy",
+    "ToySession",
+    "applicable",
+    "certify",
+    "complete",
+    "enumerate_outcomes",
+    "measure",
+]
