@@ -36,11 +36,11 @@ def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
 
 
 def without_replacement(q_FV: Tensor, count: int, chance: Chance) -> Tensor:
-    """`[F, count]` tokens in drawing order; -1 where the support is used up."""
+    """`[F, count]` tokens in drawing order; -1 where the support is used up, never in the first column."""
     left, drawn = q_FV.clone(), []
     for _ in range(count):
         token = chance.draw(left)[:, None]
-        drawn.append(torch.where(left.sum(-1, keepdim=True) > 0, token, -1))
+        drawn.append(torch.where(left.sum(-1, keepdim=True) > 0, token, -1) if drawn else token)
         left.scatter_(1, token, 0.0)
     return torch.cat(drawn, 1)
 
@@ -60,6 +60,7 @@ class ModelDrafter(Drafter):
 
     def __init__(self, model: Any, backend: str = "eager"):
         self._backend = find("backend", backend).open(model)
+        self._vocab_size = self._backend.capabilities.vocab_size
         self.model = model
 
     @classmethod
@@ -74,9 +75,13 @@ class ModelDrafter(Drafter):
     def name(self) -> str:
         return "model"
 
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        """Padded ids that only the target has stand as token 0 in the draft's cache: it costs acceptance at most."""
+        return [token if token < self._vocab_size else 0 for token in tokens]
+
     def start(self, request: Request) -> ModelState:
         session = Session(self._backend.fork(0))
-        session.append(request.prompt)
+        session.append(self._known(request.prompt))
         if len(request.prompt) <= session.context:
             session.prefill()
         return ModelState(request, session)
@@ -127,7 +132,7 @@ class ModelDrafter(Drafter):
         return torch.where(best.isinf(), -1, index) if count > 1 else index
 
     def observe(self, state: ModelState, outcome: Outcome) -> ModelState:
-        state.session.commit(outcome.path, outcome.tokens)
+        state.session.commit(outcome.path, self._known(outcome.tokens))
         return state
 
     def sessions(self, state: ModelState) -> Sequence[Session]:

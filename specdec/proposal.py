@@ -15,6 +15,9 @@ from torch import Tensor
 from specdec.errors import InputError
 from specdec.tree import TokenTree
 
+# Rows of q in half precision sum to 1 only so well.
+_SUM_TOLERANCE = 1e-2
+
 
 class Draw(Enum):
     """How a node's token came about."""
@@ -87,3 +90,11 @@ class Proposal:
             )
         if any(not 0 <= self.q_rows[node] < len(self.q) for node in sampled):
             raise InputError("a sampled node names a row of q that does not exist")
+        drawn = self.q[[self.q_rows[node] for node in sampled]].gather(
+            1, self.tree.tokens[sampled, None].to(self.q.device)
+        )
+        sums = self.q.sum(-1)
+        if not bool((self.q >= 0).all() & ((sums - 1).abs() < _SUM_TOLERANCE).all() & (drawn > 0).all()):
+            raise InputError(
+                "a row of q is no distribution (finite, >= 0, sum 1), or gives a drafted token probability 0"
+            )

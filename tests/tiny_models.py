@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 import torch
 import transformers as tf
 from specdec.drafters import ModelDrafter
-from specdec.runtime.backends.eager import EagerBackend
-from specdec.runtime.session import Session
 from torch import Tensor
 
 from specdec.chance import CounterChance
+from specdec.runtime.backends.eager import EagerBackend
+from specdec.runtime.session import Session
 
 VOCAB = 64
 CONTEXT = 256
