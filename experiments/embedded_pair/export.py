@@ -84,8 +84,8 @@ is the target's): **{agreement:.3f}**.
 Share of lines in greedy continuations of the built-in prompts up to which the text parses as Python: {parsed:.2f}.
 
 * **Data:** the source of the Python standard library ({python}), {percent} % of the files held out by a hash of their
-  path; PSF licence. The tokenizer is a byte-level BPE of {vocab} pieces trained on the same text. Digest of the training
-  tokens: `{digest}`.
+  path; PSF licence. The tokenizer is a byte-level BPE of {vocab} pieces trained on the same text. Digest of the
+  training tokens: `{digest}`.
 * **Never trained on:** held-out files, from which built-in prompts are taken, and the hand-written prompts.
 * **Context:** {context} tokens. One end-of-text token opens every text and ends it.
 * **Made by:** `experiments/embedded_pair`; {date}, torch {torch}, transformers {transformers}, two CPU cores.

@@ -5,6 +5,8 @@
 Held-out files are never trained on (see `data.is_held_out`); the hand-written prompts stand here and nowhere else.
 """
 
+# ruff: noqa: E501  (prompts read better unbroken)
+
 from __future__ import annotations
 
 import json
