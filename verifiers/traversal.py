@@ -57,7 +57,7 @@ class Traversal(Verifier):
             mass = rest.sum()
             rows[parent] = positive_part(rest, rows[parent])
             rows[parent] = rows[parent] / rows[parent].sum()
-            refused = mass + 1 - weight[parent]
+            refused = mass + (1 - weight[parent])  # in this order: exactly `mass` when the parent's weight is 1
             weight[parent] = torch.where(refused > 0, mass / refused, 1.0)
             left[row] = without(q, tree.tokens[node].to(p.device))
             waiting[parent].pop(0)

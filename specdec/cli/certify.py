@@ -130,13 +130,15 @@ def _verdict(result: Result) -> Text:
         return Text(f"FAILED: {result.error}", style="bold red")
     if not result.lossless:
         return Text("lossy", style="yellow")
-    return Text("exact, same seed" if result.keeps_seed else "exact", style="green")
+    return Text("exact + seed" if result.keeps_seed else "exact", style="green")
 
 
 def _summary(results: list[Result], pairs: int) -> str:
     failed = sum(not result.passed for result in results)
     lossy = sum(result.passed and not result.lossless for result in results)
-    lines = [f"{len(results)} lines on {pairs} pairs each: {len(results) - failed - lossy} exact, {failed} failed"]
+    lines = [
+        f"{len(results)} lines on {pairs} or more pairs each: {len(results) - failed - lossy} exact, {failed} failed"
+    ]
     if lossy:
         lines[0] += f", {lossy} lossy"
     lines.append("TV: total variation from plain sampling. tokens: emitted per round, on average")

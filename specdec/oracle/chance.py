@@ -18,6 +18,8 @@ from specdec.errors import SpecdecError
 Outcome = TypeVar("Outcome")
 # What is still open about the noise of each position: a subinterval of [0, 1).
 Intervals = Mapping[int, tuple[float, float]]
+# Breakpoints of one row, normalised twice, may differ by rounding.
+_SLACK = 1e-13
 
 
 class OracleError(SpecdecError, RuntimeError):
@@ -88,6 +90,15 @@ class EnumeratedChance(Chance):
             piece = self._branch([b - a for a, b in pairwise(edges)])
             self.intervals[position] = edges[piece], edges[piece + 1]
 
+    def settled(self, row_V: Tensor, position: int) -> int | None:
+        """The winner of the row's race at `position`, if what was asked so far decides it. Never branches."""
+        low, high = self.intervals.get(position, (0.0, 1.0))
+        cuts = [0.0, *_cumulative(row_V.tolist())]
+        for token, (start, end) in enumerate(pairwise(cuts)):
+            if start - _SLACK <= low and high <= end + _SLACK:
+                return token
+        return None
+
     def _winner(self, row: Sequence[float], position: int) -> int:
         middle = sum(self.intervals[position]) / 2
         candidates = [token for token, cut in enumerate(_cumulative(row)) if row[token] > 0 and middle < cut]
@@ -104,7 +115,7 @@ def _cumulative(row: Sequence[float]) -> list[float]:
 
 
 def enumerate_outcomes(
-    program: Callable[[Chance], Outcome], intervals: Intervals | None = None
+    program: Callable[[EnumeratedChance], Outcome], intervals: Intervals | None = None
 ) -> Iterator[tuple[float, Outcome, Intervals]]:
     """Run `program` once for every sequence of choices; yields (probability, its result, the noise's intervals).
 
