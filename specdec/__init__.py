@@ -1,9 +1,30 @@
 """Speculative decoding that proves it is exact, explains when it is not, and tells beforehand whether it will pay."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from specdec.api import Generation, SpeculativeDecoder, load
-from specdec.sampling import Sampling
+if TYPE_CHECKING:
+    from specdec.api import Generation, SpeculativeDecoder, load
+    from specdec.sampling import Sampling
 
 __version__ = version("specdec")
 __all__ = ["Generation", "Sampling", "SpeculativeDecoder", "__version__", "load"]
+
+# Loaded on first use, so that `specdec --help` does not wait for torch.
+_HOMES = {
+    "Generation": "specdec.api",
+    "Sampling": "specdec.sampling",
+    "SpeculativeDecoder": "specdec.api",
+    "load": "specdec.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'specdec' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

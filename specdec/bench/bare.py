@@ -1,0 +1,115 @@
+"""What the measured acceptance and bare forward costs would allow.
+
+A bare forward is the backend's own step, without proposing, verifying, committing or sampling.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from specdec.bench.timing import synchronize
+from specdec.runtime.backend import Step
+from specdec.runtime.session import Session
+
+if TYPE_CHECKING:
+    from specdec.api import SpeculativeDecoder
+
+# More widths than this are not measured one by one; those between lie on a line.
+_MAX_WIDTHS = 12
+_MIN_REPETITIONS, _MAX_REPETITIONS = 5, 40
+_SECONDS = 2.0
+
+
+class RoundShape(Protocol):
+    """What the ideal needs of a round of the trace."""
+
+    @property
+    def num_nodes(self) -> int: ...
+    @property
+    def depth_proposed(self) -> int: ...
+    @property
+    def num_emitted(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class BareCosts:
+    """Median seconds of one forward: of the target by width (rows), of the draft model at width 1 (0: no model)."""
+
+    target: Mapping[int, float] = field(default_factory=dict)
+    draft: float = 0.0
+    length: int = 0  # tokens in the cache meanwhile
+
+    def verify(self, width: int) -> float:
+        """Measured, linear between measured widths, and constant beyond them."""
+        known = sorted(self.target.items())
+        below = [x for x in known if x[0] <= width] or known[:1]
+        above = [x for x in known if x[0] >= width] or known[-1:]
+        (w0, t0), (w1, t1) = below[-1], above[0]
+        return t0 if w1 <= w0 else t0 + (t1 - t0) * (width - w0) / (w1 - w0)
+
+
+def ideal_speedup(rounds: Sequence[RoundShape], costs: BareCosts) -> float:
+    """Plain seconds per token over speculative seconds per token, if only bare forwards cost anything.
+
+    A round costs one target forward over root and nodes, and one draft forward per drafted depth. 0 without rounds.
+    """
+    seconds = sum(costs.draft * r.depth_proposed + costs.verify(r.num_nodes + 1) for r in rounds)
+    emitted = sum(r.num_emitted for r in rounds)
+    return costs.verify(1) * emitted / seconds if seconds > 0 else 0.0
+
+
+def choose_widths(rounds: Sequence[RoundShape]) -> list[int]:
+    """Width 1, and the widths that the rounds really had; evenly thinned when there are many."""
+    widths = sorted({1, *(r.num_nodes + 1 for r in rounds)})
+    if len(widths) <= _MAX_WIDTHS:
+        return widths
+    step = (len(widths) - 1) / (_MAX_WIDTHS - 1)
+    return sorted({widths[round(i * step)] for i in range(_MAX_WIDTHS)})
+
+
+def _step(session: Session, width: int) -> Step:
+    """A chain of `width` rows behind what the session has cached."""
+    start = session.num_cached
+    tokens = torch.tensor([session.tokens[i % len(session.tokens)] for i in range(width)], dtype=torch.int64)
+    mask = torch.ones(width, start + width, dtype=torch.bool).tril(start)
+    return Step(tokens, torch.arange(start, start + width), torch.arange(start + width), mask, start, width)
+
+
+def measure(decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int]) -> BareCosts:
+    """Time bare forwards behind `text` (token ids): every width once per repetition, the draft between them."""
+    task = decoder._task(list(text), max_new_tokens=1)
+    task.target.append(text)
+    task.target.prefill()
+    room = task.target.context - task.target.num_cached
+    widths = [width for width in widths if width <= room] or [1]
+    drafting = decoder.drafter.sessions(decoder.drafter.start(task.request))
+    target_device = decoder._backend.capabilities.device
+    calls: dict[tuple[str, int], Callable[[], object]] = {}
+    for width in widths:
+        step = _step(task.target, width)
+        calls["target", width] = lambda step=step: task.target.backend.forward(step)  # type: ignore[misc]
+    for session in drafting[:1]:
+        session.prefill()
+        own = _step(session, 1)
+        calls["draft", 1] = lambda session=session, own=own: session.backend.forward(own)  # type: ignore[misc]
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
+    began = time.perf_counter()
+    for repetition in range(_MAX_REPETITIONS + 1):
+        if repetition > _MIN_REPETITIONS and time.perf_counter() - began > _SECONDS:
+            break
+        for key, call in calls.items():
+            synchronize(target_device)
+            started = time.perf_counter()
+            call()
+            synchronize(target_device)
+            if repetition:  # the first one warms up
+                seconds[key].append(time.perf_counter() - started)
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    target = {width: medians["target", width] for width in widths}
+    return BareCosts(target, medians.get(("draft", 1), 0.0), task.target.num_cached)

@@ -1,0 +1,131 @@
+"""`transformers`' own generation on the same loaded models, to compare with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from specdec.errors import IncompatiblePairError, InputError
+
+if TYPE_CHECKING:
+    from specdec.api import SpeculativeDecoder
+
+NAMES = ("hf", "hf-assisted")
+
+Generate = Callable[[Sequence[int]], list[int]]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """`generate(prompt ids) -> new token ids`."""
+
+    name: str
+    describes: str
+    generate: Generate
+
+
+def _generation_config(decoder: SpeculativeDecoder, options: Mapping[str, Any]) -> Any:
+    """Everything is set, so that nothing is filled in from the checkpoint's own defaults."""
+    from transformers import GenerationConfig
+
+    temperature = options.get("temperature", 0.0)
+    eos = sorted(decoder._eos_ids(options.get("eos_token_id")))
+    stop = options.get("stop") or None
+    sampling = (
+        {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_k": options.get("top_k") or 0,
+            "top_p": options.get("top_p") or 1.0,
+            "min_p": options.get("min_p"),
+        }
+        if temperature
+        else {"do_sample": False}
+    )
+    return GenerationConfig(
+        max_new_tokens=options.get("max_new_tokens", 128),
+        repetition_penalty=options.get("repetition_penalty", 1.0),
+        eos_token_id=eos or None,
+        pad_token_id=eos[0] if eos else 0,
+        stop_strings=[stop] if isinstance(stop, str) else list(stop) if stop else None,
+        num_beams=1,
+        use_cache=True,
+        **sampling,
+    )
+
+
+@contextmanager
+def _own_generation_config(model: Any, **changes: Any) -> Iterator[None]:
+    """`transformers` reads, and sometimes writes, settings on the model: give it a copy, and put the original back."""
+    before = model.generation_config
+    model.generation_config = copy.deepcopy(before)
+    for name, value in changes.items():
+        setattr(model.generation_config, name, value)
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _generator(
+    decoder: SpeculativeDecoder,
+    options: Mapping[str, Any],
+    assistant: Any = None,
+    schedule: Mapping[str, Any] | None = None,
+) -> Generate:
+    model = decoder.target
+    config = _generation_config(decoder, options)
+    context = decoder._backend.capabilities.context
+    extra: dict[str, Any] = {"tokenizer": decoder.tokenizer} if config.stop_strings else {}
+    if assistant is not None:
+        extra["assistant_model"] = assistant
+
+    @torch.inference_mode()
+    def generate(prompt: Sequence[int]) -> list[int]:
+        ids = torch.tensor([list(prompt)], device=model.device)
+        config.max_new_tokens = min(options.get("max_new_tokens", 128), context - len(prompt))
+        torch.manual_seed(options.get("seed", 0))
+        with _own_generation_config(model), _own_generation_config(assistant or model, **(schedule or {})):
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
+        return out[0, len(prompt) :].tolist()
+
+    return generate
+
+
+def build(name: str, decoder: SpeculativeDecoder, options: Mapping[str, Any]) -> list[Baseline]:
+    """The baselines that `--baseline NAME` asks for.
+
+    `hf`: `model.generate`. `hf-assisted`: the same with `assistant_model`, once with its default schedule and once
+    with a constant four tokens. Raises `InputError` for another name or when there is no draft model.
+    """
+    if name == "hf":
+        return [Baseline("hf", "transformers generate", _generator(decoder, options))]
+    if name != "hf-assisted":
+        raise InputError(f"no baseline is called {name!r}; there are: {', '.join(NAMES)}")
+    draft = getattr(decoder.drafter, "model", None)
+    if not isinstance(draft, torch.nn.Module) or not hasattr(draft, "generate"):
+        raise IncompatiblePairError(
+            f"the hf-assisted baseline drafts with a model, and the {decoder.drafter.name} drafter has none; "
+            "use --drafter model, a hub id or a folder, or leave --baseline hf-assisted out"
+        )
+    if draft.config.vocab_size != decoder.target.config.vocab_size:
+        raise IncompatiblePairError(
+            f"transformers' assisted generation wants equal vocabulary sizes; target and draft have "
+            f"{decoder.target.config.vocab_size} and {draft.config.vocab_size}: leave --baseline hf-assisted out"
+        )
+    constant = {
+        "num_assistant_tokens": 4,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
+    settings = draft.generation_config
+    default = f"{getattr(settings, 'num_assistant_tokens_schedule', None) or 'constant'} schedule"
+    return [
+        Baseline("hf-assisted", f"transformers assisted, {default}", _generator(decoder, options, draft)),
+        Baseline("hf-assisted-k4", "transformers assisted, k=4", _generator(decoder, options, draft, constant)),
+    ]

@@ -1,0 +1,145 @@
+"""`specdec compare`: plain against speculative decoding, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from specdec.cli import options, screen
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specdec.api import SpeculativeDecoder
+    from specdec.bench.compare import Progress
+
+# A run that is over sooner needs no bar.
+_PATIENCE = 2.0
+
+_EXAMPLES = """\
+examples:
+  specdec compare
+  specdec compare --limit 4 --max-new-tokens 32 --drafter ngram
+  specdec compare --temperature 0.7 --verifier block --seed 1 --limit 4
+  specdec compare --policy fixed --k 4 --baseline hf --baseline hf-assisted --json result.json
+  specdec compare --target org/target --drafter org/draft --prompts spec_bench.jsonl --chat --dtype bfloat16
+
+Exit code 1 when texts differ and the difference is no tie of the precision (a BUG), 2 for wrong input.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="plain against speculative, side by side",
+        description="Decode a prompt set plainly and speculatively, in turns; print what is gained and whether the "
+        "texts are the same.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSONL (text, prompt, turns or question), or text with one prompt per line "
+        "(default: built-in beginnings of Python source, which the embedded pair never saw)",
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    group.add_argument("--repetitions", type=int, default=3, metavar="R", help="of every prompt (default: 3)")
+    group.add_argument("--warmup", type=int, default=1, metavar="N", help="unmeasured runs first (default: 1)")
+    group.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        choices=["hf", "hf-assisted"],
+        help="add transformers' own generation, plain or assisted, to the same run; repeatable",
+    )
+    group.add_argument("--json", metavar="FILE", help="write all numbers")
+    options.add_text_options(parser, max_new_tokens=64)
+    options.add_method_options(parser)
+    options.add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar with the time left, on stderr, once the run has lasted a while."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("·"))
+    bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console, transient=True)
+    task = bar.add_task("comparing", total=None)
+    began, shown = time.monotonic(), False
+
+    def update(done: int, total: int, what: str) -> None:
+        nonlocal shown
+        bar.update(task, completed=done, total=total)
+        if not shown and console.is_terminal and time.monotonic() - began > _PATIENCE:
+            bar.start()
+            shown = True
+
+    try:
+        yield update
+    finally:
+        if shown:
+            bar.stop()
+
+
+def _describe(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> dict[str, Any]:
+    """The set-up, as JSON and as the head of the report."""
+    name = options.chosen_drafter(arguments)
+    model = getattr(decoder.drafter, "model", None)
+    if model is not None and name == decoder.drafter.name:
+        name = "embedded"
+    capabilities = decoder._backend.capabilities
+    return {
+        "target": screen.model_name(options.describe_target(arguments)),
+        "draft": screen.model_name(name),
+        "drafter": decoder.drafter.name,
+        "parameters": {
+            "target": sum(p.numel() for p in decoder.target.parameters()),
+            "draft": sum(p.numel() for p in model.parameters()) if model is not None else None,
+        },
+        "verifier": decoder.verifier.name,
+        "policy": decoder.policy.name,
+        "device": screen.device_name(capabilities.device),
+        "dtype": screen.short_dtype(capabilities.dtype),
+        "versions": screen.versions(),
+        "options": options.generation_options(arguments),
+    }
+
+
+def run(arguments: argparse.Namespace) -> int:
+    screen.check_writable(arguments.json)
+    screen.quiet(arguments)
+    from specdec.bench import baselines
+    from specdec.bench.compare import compare
+    from specdec.bench.prompts import read_prompts
+    from specdec.cli.report import show
+
+    prompts = read_prompts(arguments.prompts, arguments.limit)
+    decoder = options.build_decoder(arguments)
+    texts = options.generation_options(arguments)
+    others = [b for name in dict.fromkeys(arguments.baseline) for b in baselines.build(name, decoder, texts)]
+    out, err = screen.consoles()
+    with progress_bar(err) as progress:
+        comparison = compare(
+            decoder,
+            prompts,
+            texts,
+            repetitions=arguments.repetitions,
+            warmup=arguments.warmup,
+            baselines=others,
+            chat=arguments.chat,
+            progress=progress,
+        )
+    import torch
+
+    report = {**_describe(arguments, decoder), "threads": torch.get_num_threads(), **comparison.as_dict()}
+    show(out, report)
+    screen.write_json(arguments.json, report)
+    return 1 if comparison.has_bug else 0

@@ -1,0 +1,177 @@
+"""`specdec info`: models, plugins, device, dtype, versions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from specdec.cli import options, screen
+from specdec.errors import InputError
+
+_EXAMPLES = """\
+examples:
+  specdec info
+  specdec info --json info.json
+  specdec info --target org/target --drafter org/draft
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "info",
+        help="models, plugins, device, dtype, versions",
+        description="Show what is installed here: models, plugins and the packages they come from, device, versions.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
+    options.add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Parameters, bytes and shape of a model, from its files' headers alone."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder} is no model folder: config.json cannot be read") from error
+    parameters = 0
+    dtypes: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a mapping
+                tensor = weights.get_slice(name)
+                n = 1
+                for side in tensor.get_shape():
+                    n *= side
+                parameters += n
+                dtypes.add(str(tensor.get_dtype()))
+    return {
+        "parameters": parameters,
+        "bytes": sum(file.stat().st_size for file in files),
+        "stored_as": "/".join(sorted(dtypes)).lower() or "no safetensors",
+        "architecture": (config.get("architectures") or [config.get("model_type", "?")])[0],
+        "layers": config.get("num_hidden_layers", config.get("n_layer")),
+        "width": config.get("hidden_size", config.get("n_embd")),
+        "vocabulary": config.get("vocab_size"),
+        "context": config.get("max_position_embeddings", config.get("n_positions")),
+    }
+
+
+def describe_model(name: str, trust_remote_code: bool) -> dict[str, Any]:
+    """A folder is read; a hub id is loaded."""
+    if Path(name).is_dir():
+        return describe_folder(Path(name))
+    from specdec.loading import load_model
+
+    model = load_model(name, device="cpu", dtype="auto", trust_remote_code=trust_remote_code)
+    config = model.config.get_text_config(decoder=True)
+    tensors = list(model.parameters())
+    return {
+        "parameters": sum(t.numel() for t in tensors),
+        "bytes": sum(t.nbytes for t in tensors),
+        "stored_as": screen.short_dtype(model.dtype),
+        "architecture": type(model).__name__,
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "context": getattr(config, "max_position_embeddings", None),
+    }
+
+
+def plugins() -> dict[str, dict[str, dict[str, str]]]:
+    """Kind to name to `{class, package, version}`; nothing is imported."""
+    from specdec import registry
+
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for kind in registry.GROUPS:
+        found[kind] = {}
+        for name, point in registry.available(kind).items():
+            package = point.dist.name if point.dist else "?"
+            release = point.dist.version if point.dist else "?"
+            found[kind][name] = {"class": point.value, "package": package, "version": release}
+    return found
+
+
+def gather(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from specdec import registry
+    from specdec.loading import EMBEDDED, choose_dtype, default_device
+
+    if arguments.threads is not None:
+        torch.set_num_threads(max(1, arguments.threads))
+    device = options.checked_device(arguments.device) or default_device()
+    dtype = choose_dtype(arguments.dtype, device)
+    models: dict[str, Any] = {}
+    for part in ("target", "draft"):
+        folder = EMBEDDED / part
+        models[f"embedded {part}"] = describe_folder(folder) if folder.is_dir() else None
+    if arguments.target is not None:
+        models[arguments.target] = describe_model(arguments.target, arguments.trust_remote_code)
+    drafter = arguments.drafter
+    if drafter is not None and (Path(drafter).is_dir() or "/" in drafter):
+        models[drafter] = describe_model(drafter, arguments.trust_remote_code)
+    elif drafter is not None:
+        registry.find("drafter", drafter)
+    return {
+        "versions": screen.versions(),
+        "device": screen.device_name(device),
+        "dtype": dtype if isinstance(dtype, str) else screen.short_dtype(dtype),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "models": models,
+        "plugins": plugins(),
+    }
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    out, _ = screen.consoles()
+    versions = "  ".join(f"[bold]{name}[/] {number}" for name, number in found["versions"].items())
+    dtype = "the checkpoint's" if found["dtype"] == "auto" else found["dtype"]
+    out.print(f"\n{versions}")
+    out.print(
+        f"[bold]device[/] {found['device']}  [bold]dtype[/] {dtype}  "
+        f"[bold]threads[/] {found['threads']} of {found['cores']} cores\n"
+    )
+    models = Table(title="Models", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    models.add_column("")
+    for head in ("parameters", "on disk", "layers", "width", "vocabulary", "context"):
+        models.add_column(head, justify="right")
+    for name, model in found["models"].items():
+        if model is None:
+            models.add_row(name, "not installed", style="dim")
+            continue
+        shape = [str(model[key] if model[key] is not None else "–") for key in ("layers", "width", "vocabulary")]
+        size = f"{screen.size(model['bytes'])} {model['stored_as']}"
+        models.add_row(
+            screen.model_name(name), screen.count(model["parameters"]), size, *shape, str(model["context"] or "–")
+        )
+    out.print(models)
+    table = Table(title="\nPlugins", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for head in ("kind", "name", "package", "class"):
+        table.add_column(head)
+    for kind, named in found["plugins"].items():
+        for i, (name, plugin) in enumerate(named.items()):
+            package = f"{plugin['package']} {plugin['version']}"
+            table.add_row(kind if i == 0 else "", f"[bold]{name}[/]", package, f"[dim]{plugin['class']}[/]")
+    out.print(table)
+    out.print()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    screen.check_writable(arguments.json)
+    screen.quiet(arguments)
+    found = gather(arguments)
+    _show(found)
+    screen.write_json(arguments.json, found)
+    return 0

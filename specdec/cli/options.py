@@ -1,0 +1,177 @@
+"""Options that every command shares, and what they are turned into."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specdec.errors import InputError
+
+if TYPE_CHECKING:
+    from specdec.api import SpeculativeDecoder
+    from specdec.policy import Policy
+
+# What drafts when a target is named and nothing else: needs no weights.
+DRAFTER_WITHOUT_WEIGHTS = "ngram"
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 4,2,1") from None
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """`key=value`, the value as JSON where it is JSON (numbers, true, lists), else as it stands."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    try:
+        return key.replace("-", "_"), json.loads(value)
+    except json.JSONDecodeError:
+        return key.replace("-", "_"), value
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models")
+    group.add_argument("--target", metavar="T", help="hub id or folder (default: the embedded pair's target)")
+    group.add_argument(
+        "--drafter",
+        metavar="X",
+        help="what drafts: a plugin's name (model, ngram, suffix, none, …), a hub id, or a folder "
+        f"(default: model with the embedded target, else {DRAFTER_WITHOUT_WEIGHTS})",
+    )
+    group.add_argument(
+        "--drafter-option",
+        metavar="KEY=VALUE",
+        type=key_value,
+        action="append",
+        default=[],
+        help="an option of the drafter; repeatable",
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+    group.add_argument("--dtype", help="float32, bfloat16, … (default: float32 on CPU, else the checkpoint's)")
+    group.add_argument("--backend", default="eager", help="how a step runs (default: eager)")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument("--verifier", metavar="NAME", help="verification rule (default: coupled)")
+    group.add_argument("--policy", metavar="NAME", help="how many tokens to draft (default: throughput)")
+    group.add_argument("--k", type=int, metavar="N", help="drafted tokens per round; means fixed(N) without --policy")
+    group.add_argument("--tree", type=whole_numbers, metavar="4,2,1", help="children per depth, for the fixed policy")
+    group.add_argument("--threshold", type=float, metavar="P", help="stop drafting below it; the confidence policy")
+    group.add_argument("--exact", action="store_true", help="re-decide doubtful positions at width 1 (half precision)")
+    group.add_argument("--allow-lossy", action="store_true", help="admit rules that change the distribution")
+
+
+def add_text_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"(default: {max_new_tokens})"
+    )
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    group.add_argument("--seed", type=int, default=0, metavar="S")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    group.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
+
+
+def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "exact")
+    return {**{name: getattr(arguments, name) for name in names}, "stop": tuple(arguments.stop)}
+
+
+def build_policy(arguments: argparse.Namespace) -> Policy:
+    """The policy that `--policy`, `--k`, `--tree` and `--threshold` describe together."""
+    from specdec import registry
+
+    options: dict[str, Any] = {}
+    if arguments.tree is not None:
+        options["branching"] = arguments.tree
+        options["k"] = len(arguments.tree)
+    if arguments.k is not None:
+        options["k"] = arguments.k
+    if arguments.threshold is not None:
+        options["threshold"] = arguments.threshold
+    name = arguments.policy
+    if name is None:
+        name = "confidence" if arguments.threshold is not None else "fixed" if options else "throughput"
+    given = [flag for flag in ("k", "tree", "threshold") if getattr(arguments, flag) is not None]
+    try:
+        policy: Policy = registry.create("policy", name, **options)
+    except TypeError as error:
+        raise InputError(f"the {name} policy does not take all of --{', --'.join(given)}: {error}") from error
+    return policy
+
+
+def describe_target(arguments: argparse.Namespace) -> str:
+    return arguments.target or "embedded"
+
+
+def chosen_drafter(arguments: argparse.Namespace) -> str:
+    return arguments.drafter or ("model" if arguments.target is None else DRAFTER_WITHOUT_WEIGHTS)
+
+
+def _check_folder(name: str | None, option: str) -> None:
+    """A path that is not there is a mistyped folder, not a hub id."""
+    if name is not None and name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise InputError(f"{option} {name}: no such folder")
+
+
+def build_decoder(arguments: argparse.Namespace) -> SpeculativeDecoder:
+    """Loads the models. Raises `InputError` for whatever does not fit, before anything is decoded."""
+    import torch
+
+    import specdec
+    from specdec.loading import EMBEDDED
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise InputError(f"--threads is a whole number >= 1, not {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    policy = build_policy(arguments)
+    _check_folder(arguments.target, "--target")
+    _check_folder(arguments.drafter, "--drafter")
+    if arguments.target is None and not (EMBEDDED / "target").is_dir():
+        raise InputError("this installation has no embedded pair; name a model: --target FOLDER_OR_HUB_ID --drafter X")
+    drafter_options = dict(arguments.drafter_option)
+    try:
+        return specdec.load(
+            arguments.target,
+            chosen_drafter(arguments),
+            verifier=arguments.verifier,
+            policy=policy,
+            device=checked_device(arguments.device),
+            dtype=arguments.dtype,
+            backend=arguments.backend,
+            allow_lossy=arguments.allow_lossy,
+            trust_remote_code=arguments.trust_remote_code,
+            drafter_options=drafter_options,
+        )
+    except TypeError as error:
+        if not drafter_options:
+            raise
+        raise InputError(f"the drafter {chosen_drafter(arguments)} refuses its options: {error}") from error
+
+
+def checked_device(name: str | None) -> Any:
+    """A `torch.device` that exists here, or None."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--device {name} cannot be used here: {first}") from error
