@@ -92,7 +92,7 @@ def _generator(
         torch.manual_seed(options.get("seed", 0))
         with _own_generation_config(model), _own_generation_config(assistant or model, **(schedule or {})):
             out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
-        return out[0, len(prompt) :].tolist()
+        return [int(token) for token in out[0, len(prompt) :]]
 
     return generate
 
@@ -113,10 +113,11 @@ def build(name: str, decoder: SpeculativeDecoder, options: Mapping[str, Any]) ->
             f"the hf-assisted baseline drafts with a model, and the {decoder.drafter.name} drafter has none; "
             "use --drafter model, a hub id or a folder, or leave --baseline hf-assisted out"
         )
-    if draft.config.vocab_size != decoder.target.config.vocab_size:
+    sizes = decoder.target.config.vocab_size, getattr(draft.config, "vocab_size", None)
+    if sizes[0] != sizes[1]:
         raise IncompatiblePairError(
             f"transformers' assisted generation wants equal vocabulary sizes; target and draft have "
-            f"{decoder.target.config.vocab_size} and {draft.config.vocab_size}: leave --baseline hf-assisted out"
+            f"{sizes[0]} and {sizes[1]}: leave --baseline hf-assisted out"
         )
     constant = {
         "num_assistant_tokens": 4,

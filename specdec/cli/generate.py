@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="continue a prompt",
-        description="Continue a prompt; the text is streamed to stdout, everything else goes to stderr.",
+        description="Continue a prompt. Prompt and text are streamed to stdout, everything else goes to stderr.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

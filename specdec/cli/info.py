@@ -151,10 +151,10 @@ def _show(found: dict[str, Any]) -> None:
         if model is None:
             models.add_row(name, "not installed", style="dim")
             continue
-        shape = [str(model[key] if model[key] is not None else "–") for key in ("layers", "width", "vocabulary")]
+        shape = [str(model[key] if model[key] is not None else "-") for key in ("layers", "width", "vocabulary")]
         size = f"{screen.size(model['bytes'])} {model['stored_as']}"
         models.add_row(
-            screen.model_name(name), screen.count(model["parameters"]), size, *shape, str(model["context"] or "–")
+            screen.model_name(name), screen.count(model["parameters"]), size, *shape, str(model["context"] or "-")
         )
     out.print(models)
     table = Table(title="\nPlugins", title_justify="left", box=None, pad_edge=False, header_style="dim")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,12 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**{name: getattr(arguments, name) for name in names}, "stop": tuple(arguments.stop)}
 
 
+def _unknown(error: TypeError) -> str:
+    """What Python says about a keyword that a plugin does not know, for people."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return f"it has no option {found[1]!r}" if found else str(error)
+
+
 def build_policy(arguments: argparse.Namespace) -> Policy:
     """The policy that `--policy`, `--k`, `--tree` and `--threshold` describe together."""
     from specdec import registry
@@ -109,7 +116,7 @@ def build_policy(arguments: argparse.Namespace) -> Policy:
     try:
         policy: Policy = registry.create("policy", name, **options)
     except TypeError as error:
-        raise InputError(f"the {name} policy does not take all of --{', --'.join(given)}: {error}") from error
+        raise InputError(f"the {name} policy takes not all of --{', --'.join(given)}: {_unknown(error)}") from error
     return policy
 
 
@@ -160,7 +167,7 @@ def build_decoder(arguments: argparse.Namespace) -> SpeculativeDecoder:
     except TypeError as error:
         if not drafter_options:
             raise
-        raise InputError(f"the drafter {chosen_drafter(arguments)} refuses its options: {error}") from error
+        raise InputError(f"the drafter {chosen_drafter(arguments)} refuses its options: {_unknown(error)}") from error
 
 
 def checked_device(name: str | None) -> Any:

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - typographic characters are meant
 """The report of `specdec compare`, drawn from the same fields that `--json` writes."""
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def _head(console: Console, report: dict[str, Any]) -> None:
     grid.add_row("target", model("target"))
     grid.add_row("drafter", model("draft"))
     grid.add_row("method", f"verifier {report['verifier']}, policy {report['policy']}")
-    grid.add_row("texts", f"{report['prompts']} prompts × {report['repetitions']} repetitions, {sampling}, "
-                 f"up to {options['max_new_tokens']} new tokens")  # fmt: skip
+    runs = f"{report['prompts']} prompts × {report['repetitions']}"
+    grid.add_row("texts", f"{runs}, {sampling}, up to {options['max_new_tokens']} new tokens")
     grid.add_row("where", f"{report['device']}, {report['dtype']}{threads}")
     grid.add_row("versions", versions)
     console.print()
@@ -242,7 +243,7 @@ def _prompts(console: Console, report: dict[str, Any]) -> None:
         group = [row for row in rows if row["category"] == category]
 
         def middle(key: str, group: list[dict[str, Any]] = group) -> float:
-            return statistics.median(row[key] for row in group)
+            return float(statistics.median(row[key] for row in group))
 
         rate = {m: statistics.median(row["tokens_per_second"][m] for row in group) for m in ("plain", "speculative")}
         same = f"{sum(row['identical'] for row in group)}/{len(group)}"
@@ -253,9 +254,7 @@ def _prompts(console: Console, report: dict[str, Any]) -> None:
 
 def _footnotes(console: Console, report: dict[str, Any]) -> None:
     clean, slices = report["clean_slices"], report["slices"]
-    lines = [
-        "Speeds are of whole calls, prefill included, over the plain loop; methods ran in turns, paired by prompt."
-    ]
+    lines = ["Speeds are of whole calls, prefill included, against the plain loop; paired by prompt, run in turns."]
     if report["clean_means"] == "unknown":
         lines.append("Clean timings: unknown, this system does not tell about other processes.")
     else:
