@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     """0 when every line passed, 1 otherwise. Raises `InputError` for unknown names and for `--pairs` below 1."""
     if args.pairs < 1:
         raise InputError(f"--pairs must be at least 1, not {args.pairs}")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise InputError(f"--json {args.json}: there is no folder {args.json.parent}")
     names = args.verifier or list(registry.available("verifier"))
     verifiers = {name: registry.create("verifier", name) for name in dict.fromkeys(names)}
     console = Console()

@@ -153,8 +153,8 @@ def certify(verifier: Verifier, law: Law, pairs: int) -> Result:
     """One line of the certificate, on `pairs` random toys.
 
     At temperature 0 a toy has a single outcome, so `GREEDY_PAIRS` times as many are looked at.
-    A verifier passes when it is as exact, and keeps the seed as well, as it says, on every proposal that its `draws` and `trees` declare;
-    one that raises fails.
+    A verifier passes when it is as exact, and keeps the seed as well, as it says, on every proposal that its `draws`
+    and `trees` declare; one that raises fails.
     """
     if not law.draws and not _covers_sampling(verifier):
         law = replace(law, greedy=True)
@@ -174,8 +174,8 @@ def certify(verifier: Verifier, law: Law, pairs: int) -> Result:
     if not verifier.lossless:
         return result(True, tv, expected)
     reason = None
-    if tv > TOLERANCE:
-        reason = "not exact" if tv > ROUNDING else "rounds: the rule leaves the dtype of p"
-    elif broken > TOLERANCE:
+    if not tv <= TOLERANCE:
+        reason = "rounds: the rule leaves the dtype of p" if tv <= ROUNDING else "not exact"
+    elif not broken <= TOLERANCE:
         reason = "says that it keeps the seed, and does not"
     return result(reason is None, tv, expected, reason)

@@ -51,6 +51,8 @@ def test_bad_input() -> None:
         run("--verifier", "recursiv")
     with pytest.raises(InputError, match="--pairs"):
         run("--pairs", "0")
+    with pytest.raises(InputError, match="no folder"):
+        run("--json", "missing/folder/file.json")
 
 
 PLUGIN = """
