@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from specdec import registry
@@ -38,25 +39,36 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> str |
 def load_model(
     source: str | Path, *, device: Any = None, dtype: Any = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """A causal LM from a folder or hub id, in evaluation mode. Raises `UnsupportedModelError` for pickled weights."""
+    """A causal LM from a folder or hub id, in evaluation mode.
+
+    Raises `UnsupportedModelError` for weights that are pickled, damaged or incomplete.
+    """
     device = torch.device(device) if device is not None else default_device()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             str(source),
             dtype=choose_dtype(dtype, device),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         folder = Path(source)
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        pickled = any(path.suffix in (".bin", ".pt", ".pth") for path in folder.glob("*"))
+        if pickled and not any(folder.glob("*.safetensors")):
             raise UnsupportedModelError(
                 f"{source} has pickled weights only, which can run code when read; convert it once with "
                 "model.save_pretrained(folder), which writes safetensors"
             ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(f"cannot load a model from {source}: {first}") from error
+    missing = sorted(report["missing_keys"])
+    if missing and getattr(model, "hf_quantizer", None) is None:
+        # transformers would go on with random values in their place.
+        raise UnsupportedModelError(
+            f"cannot load a model from {source}: its files lack {len(missing)} of the weights, for example {missing[0]}"
+        )
     if "device_map" not in kwargs:
         model = model.to(device)
     return model.eval()
