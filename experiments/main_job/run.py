@@ -66,8 +66,8 @@ def line(name: str, result: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = """| row | same text | mean acceptance length | draft acceptance rate | over our plain loop | ideal (efficiency) \
-| over transformers plain | over assisted (default) | over assisted (k=4) | our plain over transformers plain | clean |
+HEAD = """| row | same text | mean acceptance length | draft acceptance rate | over our plain loop | ideal (efficiency) |\
+ over transformers plain | over assisted (default) | over assisted (k=4) | our plain over transformers plain | clean |
 |---|---|---|---|---|---|---|---|---|---|---|"""
 
 
@@ -89,9 +89,10 @@ def main() -> None:
     versions = ", ".join(f"{key} {value}" for key, value in first["versions"].items())
     text = (
         f"# The embedded pair, {datetime.date.today().isoformat()}\n\n"
-        f"`python experiments/main_job/run.py` on {platform.machine()}, {first['device']}, {first['dtype']}, {versions}.\n"
-        "Whole-call wall time, prefill included; median of paired ratios over prompts and interleaved repetitions, with\n"
-        "bootstrap 95 % intervals. `clean`: timed slices during which other processes left the machine alone.\n\n"
+        f"`python experiments/main_job/run.py` on {platform.machine()}, {first['device']}, {first['dtype']}, "
+        f"{versions}.\nWhole-call wall time, prefill included; median of paired ratios over prompts and interleaved "
+        "repetitions, with bootstrap 95 % intervals.\n`clean`: timed slices during which other processes left the "
+        "machine alone.\n\n"
         f"{HEAD}\n" + "\n".join(lines) + "\n"
     )
     (args.out / "results.md").write_text(text, encoding="utf-8")
