@@ -66,9 +66,20 @@ def line(name: str, result: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = """| row | same text | mean acceptance length | draft acceptance rate | over our plain loop | ideal (efficiency) |\
- over transformers plain | over assisted (default) | over assisted (k=4) | our plain over transformers plain | clean |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "row",
+    "same text",
+    "mean acceptance length",
+    "draft acceptance rate",
+    "over our plain loop",
+    "ideal (efficiency)",
+    "over transformers plain",
+    "over assisted (default)",
+    "over assisted (k=4)",
+    "our plain over transformers plain",
+    "clean",
+)
+HEAD = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
 
 
 def main() -> None:
