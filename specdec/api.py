@@ -290,8 +290,8 @@ def load(
 
     `target`: hub id, local folder or loaded model; None is the embedded pair's target. `drafter`: a plugin's name
     (`model`, `ngram`, …), hub id, folder, loaded model, `Drafter`, or None for plain decoding. `dtype`: None is float32
-    on CPU and the checkpoint's own elsewhere. `model_options` go to `from_pretrained` (`device_map`, `quantization_config`, …).
-    Remote code runs only with trust_remote_code=True; weights are read from safetensors.
+    on CPU and the checkpoint's own elsewhere. `model_options` go to `from_pretrained` (`device_map`,
+    `quantization_config`, …). Remote code runs only with trust_remote_code=True; weights are read from safetensors.
 
     Lossless: yes, unless allow_lossy=True admits a lossy verifier.
     """

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from specdec.costs import cost_at
 from specdec.errors import InputError
 
 MAX_DEPTH = 64
@@ -205,24 +206,17 @@ class ThroughputRun(PolicyRun):
             estimates.append(estimate)
         return estimates
 
-    def verify_seconds(self, width: int) -> float:
-        """Cost of a target forward over `width` rows: measured where it ran, linear between and beyond."""
-        known = sorted((w, a.total / a.weight) for w, a in self.verify.items())
-        below = [x for x in known if x[0] <= width] or known[:1]
-        above = [x for x in known if x[0] >= width] or known[-1:]
-        (w0, t0), (w1, t1) = below[-1], above[0]
-        return t0 if w1 <= w0 else t0 + (t1 - t0) * (width - w0) / (w1 - w0)
-
     def rates(self) -> list[float]:
         """Expected tokens per second at draft lengths 0 .. limit."""
         drafting = self.draft.mean(0.0, 0.0) if self.draft.weight else 0.0
         other = self.other.mean(0.0, 0.0) if self.other.weight else 0.0
+        verify = {width: average.total / average.weight for width, average in self.verify.items()}
         survive, expected = 1.0, 1.0
-        rates = [expected / (self.verify_seconds(1) + other)]
+        rates = [expected / (cost_at(verify, 1) + other)]
         for k, accepted in enumerate(self.acceptance(), 1):
             survive *= accepted
             expected += survive
-            rates.append(expected / (self.verify_seconds(k + 1) + drafting * k + other))
+            rates.append(expected / (cost_at(verify, k + 1) + drafting * k + other))
         return rates
 
     def plan(self) -> Plan:

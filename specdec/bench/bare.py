@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from specdec.bench.timing import synchronize
+from specdec.costs import cost_at
 from specdec.runtime.backend import Step
 from specdec.runtime.session import Session
 
@@ -45,23 +46,15 @@ class BareCosts:
     draft: float = 0.0
     length: int = 0  # tokens in the cache meanwhile
 
-    def verify(self, width: int) -> float:
-        """Measured, linear between measured widths, and constant beyond them."""
-        known = sorted(self.target.items())
-        below = [x for x in known if x[0] <= width] or known[:1]
-        above = [x for x in known if x[0] >= width] or known[-1:]
-        (w0, t0), (w1, t1) = below[-1], above[0]
-        return t0 if w1 <= w0 else t0 + (t1 - t0) * (width - w0) / (w1 - w0)
-
 
 def ideal_speedup(rounds: Sequence[RoundShape], costs: BareCosts) -> float:
     """Plain seconds per token over speculative seconds per token, if only bare forwards cost anything.
 
     A round costs one target forward over root and nodes, and one draft forward per drafted depth. 0 without rounds.
     """
-    seconds = sum(costs.draft * r.depth_proposed + costs.verify(r.num_nodes + 1) for r in rounds)
+    seconds = sum(costs.draft * r.depth_proposed + cost_at(costs.target, r.num_nodes + 1) for r in rounds)
     emitted = sum(r.num_emitted for r in rounds)
-    return costs.verify(1) * emitted / seconds if seconds > 0 else 0.0
+    return cost_at(costs.target, 1) * emitted / seconds if seconds > 0 else 0.0
 
 
 def choose_widths(rounds: Sequence[RoundShape]) -> list[int]:

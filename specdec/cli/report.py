@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 - typographic characters are meant
 """The report of `specdec compare`, drawn from the same fields that `--json` writes."""
 
 from __future__ import annotations
