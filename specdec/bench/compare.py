@@ -14,6 +14,7 @@ import torch
 
 from specdec.bench import bare
 from specdec.bench.baselines import Baseline
+from specdec.bench.divergence import BUG, Divergence, explain
 from specdec.bench.timing import MAX_OTHERS, Gate, Interval, bootstrap
 from specdec.errors import InputError
 from specdec.trace import STAGES, Stats, summarize
@@ -50,7 +51,7 @@ class Row:
     prompt: Prompt
     num_prompt_tokens: int
     runs: dict[str, list[Timed]] = field(default_factory=dict)
-    divergence: Any = None
+    divergence: Divergence | None = None
 
     def identical(self, method: str) -> bool:
         """Whether every repetition gave the plain loop's tokens."""
@@ -118,6 +119,8 @@ class Comparison:
             lossless=all(generation.trace.lossless for generation in made),
             drafter_error=next((g.trace.drafter_error for g in made if g.trace.drafter_error), None),
             num_redecided=sum(generation.trace.num_redecided for generation in made),
+            num_recomputed_rows=sum(generation.trace.num_recomputed_rows for generation in made),
+            redecide_seconds=sum(generation.trace.redecide_seconds for generation in made),
         )
 
     @property
@@ -130,12 +133,12 @@ class Comparison:
         return self.ratio(SPECULATIVE, PLAIN).median / ideal if ideal else 0.0
 
     @property
-    def divergences(self) -> list[tuple[Row, Any]]:
+    def divergences(self) -> list[tuple[Row, Divergence]]:
         return [(row, row.divergence) for row in self.rows if row.divergence is not None]
 
     @property
     def has_bug(self) -> bool:
-        return any(divergence.verdict == "BUG" for _, divergence in self.divergences)
+        return any(divergence.is_bug for _, divergence in self.divergences)
 
     def _baseline(self, baseline: Baseline) -> dict[str, Any]:
         return {
@@ -211,16 +214,26 @@ def _methods(
     return {PLAIN: plain, SPECULATIVE: speculative, **{b.name: other(b) for b in baselines}}
 
 
-def _explain(decoder: SpeculativeDecoder, row: Row, options: Mapping[str, Any]) -> Any:
-    from specdec.bench.divergence import explain
-
+def _explain(decoder: SpeculativeDecoder, row: Row, options: Mapping[str, Any]) -> Divergence | None:
+    """The first repetition that differs. Plain decoding that does not repeat itself is a bug too."""
     plain = row.runs[PLAIN][0].generation
     for run in row.runs[SPECULATIVE]:
         if run.tokens != row.runs[PLAIN][0].tokens:
             assert plain is not None
             assert run.generation is not None
-            return explain(decoder, plain, run.generation, **options)
+            try:
+                return explain(decoder, plain, run.generation, **{**options, "exact": False})
+            except InputError as error:
+                index = _first_difference(plain.tokens, run.generation.tokens)
+                tokens = [text[index] if index < len(text) else None for text in (plain.tokens, run.tokens)]
+                dtype = str(decoder._backend.capabilities.dtype).removeprefix("torch.")
+                return Divergence(index, len(plain.prompt) + index, tokens[0], tokens[1], BUG, str(error), dtype)
     return None
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def expects_identity(decoder: SpeculativeDecoder, options: Mapping[str, Any]) -> bool:

@@ -71,7 +71,10 @@ def progress_bar(console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("·"))
-    bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console, transient=True)
+    # Drawn between timed calls only: a thread that redraws would be one of the disturbances.
+    bar = Progress(
+        *columns, TimeRemainingColumn(), TextColumn("left"), console=console, transient=True, auto_refresh=False
+    )
     task = bar.add_task("comparing", total=None)
     began, shown = time.monotonic(), False
 
@@ -81,6 +84,8 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         if not shown and console.is_terminal and time.monotonic() - began > _PATIENCE:
             bar.start()
             shown = True
+        if shown:
+            bar.refresh()
 
     try:
         yield update

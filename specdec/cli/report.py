@@ -102,10 +102,18 @@ def _identity(console: Console, report: dict[str, Any]) -> None:
     for found in report["divergences"]:
         bug = found["verdict"] == "BUG"
         style = "bold red" if bug else "yellow"
+        measured = [f"{name} {found[name]:.2g}" for name in ("margin", "gap", "noise") if found[name] is not None]
+        text = (
+            f"[{style}]{found['verdict']}[/] {_short(found['id'], 40)}: new token {found['index']} is "
+            f"{found['plain_token']} plainly, {found['speculative_token']} speculatively"
+            f"{'; ' if measured else ''}{', '.join(measured)}\n[dim]{escape(found['reason'])}[/]"
+        )
+        console.print(Padding(text, (0, 0, 0, 2), expand=False))
+    if report["stats"]["num_redecided"]:
+        stats = report["stats"]
         console.print(
-            f"  [{style}]{found['verdict']}[/] {_short(found['id'], 40)}: position {found['position']}, plain token "
-            f"{found['plain_token']}, speculative {found['speculative_token']}; "
-            f"margin {found['margin']:.2g}, noise {found['noise']:.2g}"
+            f"  [dim]exact: {stats['num_redecided']} doubtful positions decided again at width 1, "
+            f"{stats['redecide_seconds']:.3f} s of verify[/]"
         )
     if report["stats"]["drafter_error"]:
         console.print(f"  [yellow]finished by plain decoding:[/] {escape(report['stats']['drafter_error'])}")

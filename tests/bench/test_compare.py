@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import types
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,36 +170,52 @@ class Broken(Coupled):
         return verdict
 
 
-@dataclass
-class Found:
-    position: int
-    verdict: str
-
-    def as_dict(self):
-        return {"position": self.position, "verdict": self.verdict}
+def broken_comparison(target):
+    made = decoder(target, ModelDrafter(noisy(target, 0.3)), verifier=Broken())
+    return compare(made, PROMPTS, {"max_new_tokens": 16}, repetitions=1, warmup=0, gate=quiet_gate())
 
 
-@pytest.mark.parametrize("verdict", ["BUG", "tie at this precision"])
-def test_a_difference_is_explained(target, draft, monkeypatch, verdict):
-    asked = []
-
-    def explain(decoder, plain, speculative, **options):
-        asked.append((plain.tokens, speculative.tokens, options))
-        first = next(i for i, (a, b) in enumerate(zip(plain.tokens, speculative.tokens, strict=False)) if a != b)
-        return Found(first, verdict)
-
-    fake = types.ModuleType("specdec.bench.divergence")
-    fake.explain = explain
-    monkeypatch.setitem(sys.modules, "specdec.bench.divergence", fake)
-    bad = noisy(target, 0.3)
-    made = decoder(target, ModelDrafter(bad), verifier=Broken())
-    options = {"max_new_tokens": 16, "exact": False}
-    result = compare(made, PROMPTS, options, repetitions=1, warmup=0, gate=quiet_gate())
+def test_a_wrong_verifier_is_called_a_bug(target):
+    result = broken_comparison(target)
     report = result.as_dict()
-    assert report["identical"] == 3 - len(asked) < 3
-    assert result.has_bug == (verdict == "BUG")
-    assert [found["id"] for found in report["divergences"]] == [r.prompt.id for r in result.rows if r.divergence]
-    assert all(plain != speculative and options == given for plain, speculative, given in asked)
+    different = [row for row in result.rows if not row.identical(SPECULATIVE)]
+    assert different
+    assert result.has_bug
+    assert report["identical"] == 3 - len(different)
+    assert [found["id"] for found in report["divergences"]] == [row.prompt.id for row in different]
+    for row, found in zip(different, report["divergences"], strict=True):
+        plain, speculative = row.runs[PLAIN][0].tokens, row.runs[SPECULATIVE][0].tokens
+        assert plain[: found["index"]] == speculative[: found["index"]]
+        assert (plain[found["index"]], speculative[found["index"]]) == (
+            found["plain_token"],
+            found["speculative_token"],
+        )
+        assert found["verdict"] == "BUG"
+
+
+def test_a_tie_is_no_bug(target, monkeypatch):
+    from specdec.bench import compare as module
+    from specdec.bench.divergence import TIE
+
+    real = module.explain
+    monkeypatch.setattr(module, "explain", lambda *a, **o: replace(real(*a, **o), verdict=TIE))
+    result = broken_comparison(target)
+    assert result.divergences
+    assert not result.has_bug
+
+
+def test_plain_decoding_that_does_not_repeat_itself_is_a_bug(target, monkeypatch):
+    """The explainer cannot explain it; the comparison is not lost."""
+    from specdec.bench import compare as module
+
+    def cannot(*_, **__):
+        raise InputError("a replay chooses another token")
+
+    monkeypatch.setattr(module, "explain", cannot)
+    result = broken_comparison(target)
+    found = result.as_dict()["divergences"][0]
+    assert result.has_bug
+    assert found["reason"] == "a replay chooses another token"
 
 
 def test_wrong_input_stops_before_any_work(target):
