@@ -56,7 +56,9 @@ class Stats:
     seconds: dict[str, float]
     lossless: bool = True
     drafter_error: str | None = None
-    num_redecided: int = 0
+    num_redecided: int = 0  # doubtful positions that exact=True decided again
+    num_recomputed_rows: int = 0  # single-row forwards that this took
+    redecide_seconds: float = 0.0  # a part of seconds["verify"]
 
     @property
     def total_seconds(self) -> float:
@@ -80,6 +82,11 @@ class Stats:
             f"({self.draft_acceptance_rate:.1%})",
             f"seconds: {stages}",
         ]
+        if self.num_recomputed_rows:
+            lines.append(
+                f"{self.num_redecided} doubtful positions decided again: {self.num_recomputed_rows} rows, "
+                f"{self.redecide_seconds:.3f} s of verify"
+            )
         if not self.lossless:
             lines.append("LOSSY: the verifier does not keep the target's distribution")
         if self.drafter_error:
@@ -124,6 +131,8 @@ class Trace:
         self.lossless = True
         self.drafter_error: str | None = None
         self.num_redecided = 0
+        self.num_recomputed_rows = 0
+        self.redecide_seconds = 0.0
         self.current = Round()
 
     @contextmanager
@@ -155,4 +164,6 @@ class Trace:
             lossless=self.lossless,
             drafter_error=self.drafter_error,
             num_redecided=self.num_redecided,
+            num_recomputed_rows=self.num_recomputed_rows,
+            redecide_seconds=self.redecide_seconds,
         )

@@ -9,7 +9,7 @@ Shape suffixes: M rows of one step, C cached slots, N tree nodes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -106,20 +106,35 @@ class Session:
             tokens = torch.cat((tokens.to(tree.tokens.device), tree.tokens[first:]))
         return self.backend.forward(Step(tokens, positions, key_positions, mask, start, num_logits, hidden))
 
-    def recompute(self, node: int) -> Tensor:
-        """Logits `[V]` of one computed row (-1: the root), computed again alone, over its own slot."""
-        base = len(self.tokens)
-        slot = base + node
-        mask = torch.zeros(1, slot + 1, dtype=torch.bool)
-        mask[:, :base] = True
+    def _alone(self, token: int | Tensor, slot: int) -> Tensor:
+        """Logits `[V]` of one row over the slots before its own: the step of plain decoding."""
+        mask = torch.ones(1, slot + 1, dtype=torch.bool)
         positions = torch.arange(slot + 1)
-        if node >= 0:
-            mask[:, base:] = self.tree.ancestors_NN[node, : node + 1]
-            positions[base:] = torch.tensor(self.tree.depths[: node + 1]) + (base - 1)
-            token = self.tree.tokens[node : node + 1]
-        else:
-            token = torch.tensor(self.tokens[-1:])
-        return self.backend.forward(Step(token, positions[-1:], positions, mask, slot, 1)).logits[0]
+        row = torch.as_tensor(token, dtype=torch.int64).reshape(1)
+        return self.backend.forward(Step(row, positions[-1:], positions, mask, slot, 1)).logits[0]
+
+    def replay(self, first: int, path: Sequence[int]) -> Iterator[Tensor]:
+        """Logits `[V]` of the root, then of each node of a computed `path`, computed again one row at a time.
+
+        Before the root, the committed tokens from `first` on are computed again too. When the keys and values before
+        `first` are those of plain decoding, so is everything here, bit for bit. Other nodes may be overwritten: close
+        the iterator, then `commit` this path, a beginning of it, or one that begins with it.
+        """
+        base = len(self.tokens)
+        for slot in range(first, base - 1):
+            self._alone(self.tokens[slot], slot)
+        yield self._alone(self.tokens[-1], base - 1)
+        done = 0
+        try:
+            for node in path:
+                # A path node's own slot never lies before base + depth - 1, so no later node of the path is lost.
+                logits = self._alone(self.tree.tokens[node], base + done)
+                done += 1
+                yield logits
+        finally:
+            for depth in reversed(range(done)):  # back to where `commit` looks for them, the deepest first
+                if path[depth] != depth:
+                    self.backend.gather([base + depth], base + path[depth])
 
     def commit(self, path: Sequence[int], tokens: Sequence[int]) -> None:
         """Accept `path` (nodes from the root down) and append `tokens`: the path's, then those that follow.

@@ -85,12 +85,12 @@ def play(model: torch.nn.Module, session: Session, move: Move) -> Session:
         ):
             continue  # no row would be new
         assert_rows(model, session, part, session.forward(part))
-    node = min(move.again, len(session.tree) - 1)
-    if session.num_cached == len(session.tokens):
-        path = session.tree.path(node)
-        row = session.recompute(node)
-        assert_row(model, [*session.tokens, *session.tree.tokens[list(path)].tolist()], row)
     path = move.tree.path(min(move.accept, len(move.tree) - 1))
+    if session.num_cached == len(session.tokens):  # some of what is accepted is computed again, a row at a time
+        again = [node for node in path if node < len(session.tree)][: move.again]
+        first = max(0, len(session.tokens) - 1 - move.again)
+        for count, row in enumerate(session.replay(first, again)):
+            assert_row(model, [*session.tokens, *session.tree.tokens[list(again[:count])].tolist()], row)
     session.commit(path, [*move.tree.tokens[list(path)].tolist(), *move.extra])
     if move.fork:
         other, session = session, session.fork()
