@@ -5,12 +5,14 @@ Shape suffixes: B sequences, S slots, M new rows.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdec.errors import UnsupportedModelError
@@ -30,6 +32,9 @@ def bucket(length: int, limit: int) -> int:
 def layer_types(config: Any) -> tuple[str, ...]:
     """One type per layer, from the configuration; models that name none have a sliding window or full attention."""
     named = getattr(config, "layer_types", None)
+    if named is None and "local" in getattr(config, "attention_layers", ()):
+        # GPT-Neo: its local window counts slots, not positions.
+        return tuple("full_attention" if kind == "global" else kind for kind in config.attention_layers)
     if named is not None:
         return tuple(named)
     kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
@@ -49,6 +54,15 @@ def check_rewindable(model: Any) -> None:
         raise UnsupportedModelError(
             f"{name} has layers of type {', '.join(other)}, whose cache cannot be rewound after a rejected token. "
             "Models whose layers are full or sliding-window attention work; use model.generate for this one."
+        )
+    # Wrappers pass keyword arguments through; a model of transformers' own says in its signature what it takes.
+    unplaced = (
+        isinstance(model, PreTrainedModel) and "position_ids" not in inspect.signature(type(model).forward).parameters
+    )
+    if unplaced or getattr(config, "alibi", False):
+        raise UnsupportedModelError(
+            f"{name} takes no position_ids: its positions follow the cache (as ALiBi's do), and drafted branches would "
+            "stand at wrong ones. Models with rotary or learned positions work; use model.generate for this one."
         )
 
 

@@ -195,6 +195,29 @@ def test_models_that_cannot_rewind_are_refused_by_layer_type(make, naming: str) 
         specdec.SpeculativeDecoder(target, drafter=model)
 
 
+_LOCAL = [[["global", "local"], 1]]
+_SMALL = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "naming"),
+    [
+        (tf.BloomConfig(**_SMALL), "takes no position_ids"),
+        (tf.MptConfig(vocab_size=32, d_model=16, n_heads=2, n_layers=1), "takes no position_ids"),
+        (tf.FalconConfig(**_SMALL, alibi=True), "takes no position_ids"),
+        (
+            tf.GPTNeoConfig(vocab_size=32, hidden_size=16, num_heads=2, num_layers=2, attention_types=_LOCAL),
+            "type local",
+        ),
+    ],
+    ids=["bloom", "mpt", "falcon-alibi", "gpt-neo"],
+)
+def test_models_that_place_tokens_by_cache_slot_are_refused(config: tf.PretrainedConfig, naming: str) -> None:
+    """They would take a branch of a tree for a later token: wrong text without an error."""
+    with pytest.raises(UnsupportedModelError, match=naming):
+        specdec.SpeculativeDecoder(_config_model(config))
+
+
 def test_training_mode_is_refused() -> None:
     model = tiny_models.tiny().train()
     with pytest.raises(InputError, match=r"training mode.*model\.eval"):
