@@ -9,7 +9,7 @@ Shape suffixes: M rows of one step, C cached slots, N tree nodes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,8 +58,10 @@ class Session:
         return self.backend.capabilities.context
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Add committed tokens; they are computed by the next forward."""
-        self.drop_tree()
+        """Add committed tokens; they are computed by the next forward, and nothing before them is computed again."""
+        if not tokens:
+            return
+        self.tree = TokenTree.empty()
         self.tokens.extend(tokens)
 
     def prefill(self) -> None:
@@ -113,7 +115,7 @@ class Session:
         row = torch.as_tensor(token, dtype=torch.int64).reshape(1)
         return self.backend.forward(Step(row, positions[-1:], positions, mask, slot, 1)).logits[0]
 
-    def replay(self, first: int, path: Sequence[int]) -> Iterator[Tensor]:
+    def replay(self, first: int, path: Sequence[int]) -> Generator[Tensor, None, None]:
         """Logits `[V]` of the root, then of each node of a computed `path`, computed again one row at a time.
 
         Before the root, the committed tokens from `first` on are computed again too. When the keys and values before
