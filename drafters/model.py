@@ -37,7 +37,8 @@ def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
 
 def without_replacement(q_FV: Tensor, count: int, chance: Chance) -> Tensor:
     """`[F, count]` tokens in drawing order; -1 where the support is used up, never in the first column."""
-    left, drawn = q_FV.clone(), []
+    left = q_FV.clone()
+    drawn: list[Tensor] = []
     for _ in range(count):
         token = chance.draw(left)[:, None]
         drawn.append(torch.where(left.sum(-1, keepdim=True) > 0, token, -1) if drawn else token)
