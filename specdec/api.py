@@ -227,7 +227,8 @@ class SpeculativeDecoder:
         max_new_tokens (128): exactly as many unless an end is met. temperature (0: greedy), top_k, top_p, min_p,
         repetition_penalty, processors (`transformers` LogitsProcessors), seed: see `Sampling`. stop: a string or
         several; eos_token_id: ids (the model's own by default). logprobs: of the emitted tokens, before filters.
-        exact: in half precision, re-decide doubtful positions as plain decoding would; costs about a plain run. strict: raise when the drafter fails.
+        exact: in half precision, re-decide doubtful positions as plain decoding would; that costs about a plain run
+        more (docs/numerics.md). strict: raise when the drafter fails.
 
         Lossless: yes, unless a lossy verifier was allowed. Errors: `InputError` before work starts;
         `NonFiniteLogitsError` with the tokens so far when the target's logits are NaN or infinite.
