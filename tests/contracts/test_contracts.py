@@ -171,6 +171,18 @@ def test_every_architecture_decodes_as_generate_does(name: str) -> None:
         assert sampled.tokens == tiny_models.reference(model, prompt, 20, temperature=1.0, seed=3)
 
 
+@pytest.mark.parametrize("name", tiny_models.ARCHITECTURES)
+def test_every_pair_keeps_the_text_of_every_architecture(name: str) -> None:
+    model = tiny_models.tiny(name, attention="eager" if name == "gemma2" else "sdpa")
+    draft = ModelDrafter(tiny_models.noisy(model, 0.02))
+    expected = tiny_models.reference(model, PROMPT, 12)
+    for drafter, verifier, policy in COMBINATIONS:
+        if policy in ("fixed-4", "tree") and make_verifier(verifier).lossless:
+            made = draft if drafter == "model" else make_drafter(drafter)
+            out = decoder(made, verifier, POLICIES[policy](), model).generate(PROMPT, max_new_tokens=12, strict=True)
+            assert out.tokens == expected, (drafter, verifier, policy)
+
+
 @pytest.mark.parametrize("verifier", VERIFIER_NAMES)
 @pytest.mark.parametrize("drafter", DRAFTER_NAMES)
 def test_one_seed_one_text(drafter: str, verifier: str) -> None:
