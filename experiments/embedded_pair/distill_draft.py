@@ -9,6 +9,7 @@ those are the texts that it will draft) and on the training text.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -56,20 +57,20 @@ def continuations(target: LlamaForCausalLM, tokens: np.ndarray, count: int, batc
     """`[count, PROMPT + CONTINUATION]`: the target's own texts, half greedy, half sampled at temperature 0.8."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
+    fast = copy.deepcopy(target).to(torch.bfloat16)
     starts = rng.integers(0, len(tokens) - PROMPT, count)
     rows, started = [], time.time()
     for at in range(0, count, batch):
         prompts = torch.from_numpy(np.stack([tokens[s : s + PROMPT] for s in starts[at : at + batch]]).astype(np.int64))
         sampled = (at // batch) % 2 == 1
-        with torch.autocast("cpu", torch.bfloat16):
-            out = target.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=CONTINUATION,
-                min_new_tokens=CONTINUATION,
-                do_sample=sampled,
-                **({"temperature": 0.8, "top_k": 0} if sampled else {}),
-            )
+        out = fast.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=CONTINUATION,
+            min_new_tokens=CONTINUATION,
+            do_sample=sampled,
+            **({"temperature": 0.8, "top_k": 0} if sampled else {}),
+        )
         rows.append(out.numpy().astype(np.int32))
         print(f"self-generated {at + len(prompts)}/{count}, {time.time() - started:.0f} s", flush=True)
     return np.concatenate(rows)

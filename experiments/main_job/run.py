@@ -21,17 +21,17 @@ HERE = Path(__file__).parent
 # (name, drafter, temperature, further arguments)
 ROWS = [
     ("model-t0", "model", "0", []),
-    ("model-t0.7", "model", "0.7", []),
     ("model-t1", "model", "1", []),
-    ("model-fixed4-t0", "model", "0", ["--policy", "fixed", "--k", "4"]),
-    ("model-block-t1", "model", "1", ["--verifier", "block"]),
     ("ngram-t0", "ngram", "0", []),
     ("suffix-t0", "suffix", "0", []),
+    ("model-block-t1", "model", "1", ["--verifier", "block"]),
+    ("model-fixed4-t0", "model", "0", ["--policy", "fixed", "--k", "4"]),
 ]
 
 
 def command(drafter: str, temperature: str, more: list[str], out: Path, quick: bool) -> list[str]:
-    words = ["compare", "--drafter", drafter, "--temperature", temperature, *more, "--baseline", "hf"]
+    words = ["compare", "--drafter", drafter, "--temperature", temperature, *more, "--max-new-tokens", "64"]
+    words += ["--baseline", "hf"]
     if drafter == "model":
         words += ["--baseline", "hf-assisted"]
     if quick:
@@ -85,11 +85,14 @@ HEAD = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--rows", nargs="*", choices=[row[0] for row in ROWS], help="only these")
     parser.add_argument("--quick", action="store_true", help="two prompts, one repetition: does it run?")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     lines, first = [], {}
     for name, drafter, temperature, more in ROWS:
+        if args.rows and name not in args.rows:
+            continue
         out = args.out / f"{name}.json"
         words = command(drafter, temperature, more, out, args.quick)
         print("+ specdec", *words, flush=True)
