@@ -18,27 +18,19 @@ import data
 import numpy as np
 import torch
 from accelerate import Accelerator
-from train_target import Batches, optimizers, rate
+from train_target import Batches, llama, optimizers, rate
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 PROMPT, CONTINUATION = 64, 192
 
 
 def draft_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=data.VOCAB_SIZE,
+    return llama(
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=3,
         num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-5,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
 
 

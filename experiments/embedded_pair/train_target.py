@@ -24,14 +24,10 @@ MUON_LR, ADAMW_LR = 5e-3, 3e-3
 WARMUP, DECAY = 0.02, 0.35  # shares of the budget
 
 
-def target_config() -> LlamaConfig:
+def llama(**shape: int) -> LlamaConfig:
+    """What target and draft have in common, and a shape."""
     return LlamaConfig(
         vocab_size=data.VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=18,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -39,6 +35,17 @@ def target_config() -> LlamaConfig:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
+        **shape,
+    )
+
+
+def target_config() -> LlamaConfig:
+    return llama(
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
 
 
