@@ -5,7 +5,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec.api import Generation, SpeculativeDecoder, load
+    from specdec.api import SpeculativeDecoder, load
+    from specdec.generation import Generation
     from specdec.sampling import Sampling
 
 __version__ = version("specdec")
@@ -13,7 +14,7 @@ __all__ = ["Generation", "Sampling", "SpeculativeDecoder", "__version__", "load"
 
 # Loaded on first use, so that `specdec --help` does not wait for torch.
 _HOMES = {
-    "Generation": "specdec.api",
+    "Generation": "specdec.generation",
     "Sampling": "specdec.sampling",
     "SpeculativeDecoder": "specdec.api",
     "load": "specdec.api",

@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor
 
 from specdec import registry
-from specdec.decoder import Task, decode
+from specdec.decoder import Task
 from specdec.drafter import BuildContext, Drafter, Request
 from specdec.errors import IncompatiblePairError, InputError
 from specdec.exact import Redecide, keep
+from specdec.generation import Generation, Stream
 from specdec.guard import GuardedDrafter
 from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafter
 from specdec.policy import Policy
 from specdec.proposal import Draw
 from specdec.runtime.session import Session
 from specdec.sampling import Sampling
-from specdec.text import Chunk, Ending
-from specdec.trace import Stats, Trace
+from specdec.text import Ending
+from specdec.trace import Trace
 from specdec.verifier import Verifier
 
 Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """A finished text. `tokens` are the new ones; `finish_reason`: "eos", "stop", "length" or "context"."""
-
-    prompt: list[int]
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    origins: list[str]
-    logprobs: list[float] | None
-    trace: Trace
-
-    @property
-    def stats(self) -> Stats:
-        return self.trace.stats
 
 
 class SpeculativeDecoder:
@@ -68,8 +51,8 @@ class SpeculativeDecoder:
     ):
         self.target = target
         self.tokenizer = tokenizer
-        self._backend = registry.find("backend", backend).open(target)
-        capabilities = self._backend.capabilities
+        self.backend = registry.find("backend", backend).open(target)
+        capabilities = self.backend.capabilities
         self.drafter = resolve_drafter(
             drafter, BuildContext(target, tokenizer, device=capabilities.device, dtype=capabilities.dtype)
         )
@@ -121,7 +104,7 @@ class SpeculativeDecoder:
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         ids = self.encode(prompt)
-        capabilities = self._backend.capabilities
+        capabilities = self.backend.capabilities
         if not ids:
             bos = getattr(self.tokenizer, "bos_token_id", None)
             if bos is None:
@@ -146,7 +129,7 @@ class SpeculativeDecoder:
             return frozenset()
         return frozenset([given] if isinstance(given, int) else given)
 
-    def _task(
+    def prepare(
         self,
         prompt: Prompt,
         *,
@@ -168,6 +151,7 @@ class SpeculativeDecoder:
         verifier: Verifier | None = None,
         policy: Policy | None = None,
     ) -> Task:
+        """Check everything and gather what one text needs; options as for `generate`."""
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be a whole number >= 1, not {max_new_tokens!r}")
         drafter, verifier, policy = drafter or self.drafter, verifier or self.verifier, policy or self.policy
@@ -180,7 +164,7 @@ class SpeculativeDecoder:
                 "not keep; use verifier='coupled'"
             )
         ids = self._prompt_ids(prompt)
-        capabilities = self._backend.capabilities
+        capabilities = self.backend.capabilities
         request = Request(
             prompt=tuple(ids),
             sampling=sampling,
@@ -193,7 +177,7 @@ class SpeculativeDecoder:
         trace.lossless = verifier.lossless
         return Task(
             request=request,
-            target=Session(self._backend.fork(0)),
+            target=Session(self.backend.fork(0)),
             drafter=GuardedDrafter(drafter, verifier, trace, strict),
             verifier=verifier,
             policy=policy,
@@ -203,23 +187,9 @@ class SpeculativeDecoder:
             settle=Redecide() if exact else keep,
         )
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
-        """Chunks of text, tokens and origins, one per round; options as for `generate`.
-
-        Arguments are checked at once. Every stream has sessions of its own: leaving one early leaves nothing behind.
-        """
-        return self._run(self._task(prompt, **options))
-
-    @staticmethod
-    def _run(task: Task) -> Generator[Chunk, None, None]:
-        chunks = decode(task)
-        try:
-            for chunk in chunks:
-                task.trace.num_tokens = len(task.ending.tokens)
-                yield chunk
-        finally:
-            chunks.close()
-            task.target.rewind(0)
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+        """Chunks of text, tokens and origins, one per round; options as for `generate`, checked at once."""
+        return Stream(self.prepare(prompt, **options))
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """Decode speculatively.
@@ -233,7 +203,7 @@ class SpeculativeDecoder:
         Lossless: yes, unless a lossy verifier was allowed. Errors: `InputError` before work starts;
         `NonFiniteLogitsError` with the tokens so far when the target's logits are NaN or infinite.
         """
-        return self._collect(self._task(prompt, **options))
+        return self.stream(prompt, **options).finish()
 
     def generate_plain(self, prompt: Prompt, **options: Any) -> Generation:
         """The same loop with the empty proposal: one token per target step. Same options, same seed, same tokens."""
@@ -242,23 +212,7 @@ class SpeculativeDecoder:
             "verifier": registry.create("verifier", "coupled"),
             "policy": registry.create("policy", "fixed"),
         }
-        return self._collect(self._task(prompt, **{**options, **plain}))
-
-    def _collect(self, task: Task) -> Generation:
-        logprobs: list[float] = []
-        for chunk in self._run(task):
-            logprobs += chunk.logprobs or ()
-        ending = task.ending
-        assert ending.reason is not None
-        return Generation(
-            prompt=list(task.request.prompt),
-            tokens=ending.tokens,
-            text=ending.text,
-            finish_reason=ending.reason,
-            origins=ending.origins,
-            logprobs=logprobs if task.logprobs else None,
-            trace=task.trace,
-        )
+        return self.stream(prompt, **{**options, **plain}).finish()
 
 
 def fitting_verifiers(drafter: Drafter, policy: Policy) -> list[str]:

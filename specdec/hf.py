@@ -29,6 +29,7 @@ from specdec.api import SpeculativeDecoder
 from specdec.decoder import Task
 from specdec.drafter import Drafter, Outcome
 from specdec.errors import InputError
+from specdec.generation import Stream
 from specdec.policy import Policy
 from specdec.sampling import Sampling
 from specdec.text import Chunk, Ending
@@ -146,7 +147,7 @@ class Speculation:
         if self._streamer is not None:
             self._streamer.put(input_ids.cpu())
         try:
-            for chunk in decoder._run(task):
+            for chunk in Stream(task):
                 if self._streamer is not None:
                     for token in chunk.tokens:
                         self._streamer.put(torch.tensor([token]))
@@ -172,7 +173,7 @@ class Speculation:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> tuple[Task, _Ending]:
-        context = decoder._backend.capabilities.context
+        context = decoder.backend.capabilities.context
         if config.max_length > context:
             raise InputError(
                 f"prompt and text may reach {config.max_length} tokens and the model's context is {context}; "
@@ -180,12 +181,12 @@ class Speculation:
             )
         room = config.max_length - input_ids.shape[1]
         # generate() works on float32 scores whatever the model's type.
-        exact_type = decoder._backend.capabilities.dtype != torch.float64
+        exact_type = decoder.backend.capabilities.dtype != torch.float64
         seen = () if exact_type and not processors else (_RowByRow(processors),)
         seed = int(torch.randint(1 << 62, ())) if config.do_sample else 0
         sampling = Sampling(float(bool(config.do_sample)), processors=seen, seed=seed)
         eos = config._eos_token_tensor
-        task = decoder._task(
+        task = decoder.prepare(
             input_ids[0],
             max_new_tokens=room,
             sampling=sampling,

@@ -76,13 +76,13 @@ def _step(session: Session, width: int) -> Step:
 
 def measure(decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int]) -> BareCosts:
     """Time bare forwards behind `text` (token ids): every width once per repetition, the draft between them."""
-    task = decoder._task(list(text), max_new_tokens=1)
+    task = decoder.prepare(list(text), max_new_tokens=1)
     task.target.append(text)
     task.target.prefill()
     room = task.target.context - task.target.num_cached
     widths = [width for width in widths if width <= room] or [1]
     drafting = decoder.drafter.sessions(decoder.drafter.start(task.request))
-    target_device = decoder._backend.capabilities.device
+    target_device = decoder.backend.capabilities.device
     calls: dict[tuple[str, int], Callable[[], object]] = {}
     for width in widths:
         step = _step(task.target, width)

@@ -80,7 +80,7 @@ def _generator(
 ) -> Generate:
     model = decoder.target
     config = _generation_config(decoder, options)
-    context = decoder._backend.capabilities.context
+    context = decoder.backend.capabilities.context
     extra: dict[str, Any] = {"tokenizer": decoder.tokenizer} if config.stop_strings else {}
     if assistant is not None:
         extra["assistant_model"] = assistant

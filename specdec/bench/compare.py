@@ -20,8 +20,9 @@ from specdec.errors import InputError
 from specdec.trace import STAGES, Stats, summarize
 
 if TYPE_CHECKING:
-    from specdec.api import Generation, SpeculativeDecoder
+    from specdec.api import SpeculativeDecoder
     from specdec.bench.prompts import Prompt
+    from specdec.generation import Generation
 
 PLAIN, SPECULATIVE = "plain", "speculative"
 # Retried slices, as a share of all: bounds the delay on a machine that is never quiet.
@@ -226,7 +227,7 @@ def _explain(decoder: SpeculativeDecoder, row: Row, options: Mapping[str, Any]) 
             except InputError as error:
                 index = _first_difference(plain.tokens, run.generation.tokens)
                 tokens = [text[index] if index < len(text) else None for text in (plain.tokens, run.tokens)]
-                dtype = str(decoder._backend.capabilities.dtype).removeprefix("torch.")
+                dtype = str(decoder.backend.capabilities.dtype).removeprefix("torch.")
                 return Divergence(index, len(plain.prompt) + index, tokens[0], tokens[1], BUG, str(error), dtype)
     return None
 
@@ -250,7 +251,7 @@ def _encode(
     for prompt in prompts:
         try:
             text = [{"role": "user", "content": prompt.text}] if chat else prompt.text
-            ids = list(decoder._task(text, **options).request.prompt)
+            ids = list(decoder.prepare(text, **options).request.prompt)
         except InputError as error:
             raise type(error)(f"prompt {prompt.id}: {error}") from error
         encoded.append((Row(prompt, len(ids)), ids))
@@ -283,7 +284,7 @@ def compare(
     if not encoded:
         raise InputError("no prompts to compare on")
     methods = _methods(decoder, options, baselines)
-    device = decoder._backend.capabilities.device
+    device = decoder.backend.capabilities.device
     total = len(encoded) * repetitions * len(methods)
     gate = gate or Gate(device, budget=int(total * _RETRY_SHARE))
     for _ in range(warmup):

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.api import Generation, SpeculativeDecoder
+from specdec.api import SpeculativeDecoder
 from specdec.chance import CounterChance
 from specdec.decoder import Task
 from specdec.errors import InputError
 from specdec.exact import choices, margins, ulp
+from specdec.generation import Generation
 from specdec.runtime.session import Session
 from specdec.sampling import Sampling
 from specdec.tree import TokenTree
@@ -103,7 +104,7 @@ def explain(
         raise InputError("the two texts have different prompts; there is no difference to explain")
     if plain.tokens == speculative.tokens:
         return None
-    task = decoder._task(plain.prompt, **options)
+    task = decoder.prepare(plain.prompt, **options)
     sampling, verifier = task.request.sampling, task.verifier
     if not verifier.lossless or not (sampling.is_greedy or verifier.keeps_seed):
         raise InputError(
@@ -118,7 +119,7 @@ def explain(
         tokens = (a[index] if index < len(a) else None, b[index] if index < len(b) else None)
         return Divergence(index, position, *tokens, BUG, reason, dtype)
     narrow = _narrow(task, plain.prompt, a[:index])
-    wide, width = _wide(Session(decoder._backend.fork(0)), speculative, index)
+    wide, width = _wide(Session(decoder.backend.fork(0)), speculative, index)
     return _judge(sampling, [*plain.prompt, *a[:index]], narrow, wide, width, index, a[index], b[index], dtype)
 
 

@@ -100,7 +100,7 @@ def _describe(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> dic
     model = getattr(decoder.drafter, "model", None)
     if model is not None and name == decoder.drafter.name:
         name = "embedded"
-    capabilities = decoder._backend.capabilities
+    capabilities = decoder.backend.capabilities
     return {
         "target": screen.model_name(options.describe_target(arguments)),
         "draft": screen.model_name(name),

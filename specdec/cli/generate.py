@@ -14,8 +14,8 @@ from specdec.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specdec.api import SpeculativeDecoder
     from specdec.decoder import Task
+    from specdec.generation import Stream
     from specdec.text import Chunk
 
 _EXAMPLES = """\
@@ -114,8 +114,8 @@ class Colours:
         return f"[{_DRAFTER_STYLE}]■ drafted by {drafter}[/] · [{_TARGET_STYLE}]■ by the target[/]"
 
 
-def _stream(decoder: SpeculativeDecoder, task: Task, colours: Colours | None) -> None:
-    for chunk in decoder._run(task):
+def _show(stream: Stream, colours: Colours | None) -> None:
+    for chunk in stream:
         if colours is not None:
             colours.show(chunk)
         else:
@@ -148,14 +148,15 @@ def run(arguments: argparse.Namespace) -> int:
     screen.quiet(arguments)
     decoder = options.build_decoder(arguments)
     text = [{"role": "user", "content": prompt}] if arguments.chat else prompt
-    task = decoder._task(text, **options.generation_options(arguments))
+    stream = decoder.stream(text, **options.generation_options(arguments))
+    task = stream.task
     out, err = screen.consoles()
     colours = Colours(out, decoder.tokenizer, list(task.request.prompt)) if arguments.show_origin else None
     if not arguments.chat:
         sys.stdout.write(prompt)
     started = time.perf_counter()
     try:
-        _stream(decoder, task, colours)
+        _show(stream, colours)
     finally:
         if colours is not None:
             colours.close()

@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
 import specdec
 from specdec import registry
 from specdec.drafter import Drafter
+from specdec.generation import Stream
 from specdec.policy import Confidence, Fixed, Heuristic, Policy, Throughput
 from specdec.verifier import Verifier
 
@@ -238,8 +239,8 @@ def test_after_every_round_it_is_as_if_nothing_had_been_drafted(drafter: str, po
     if not fits(made, make_verifier("coupled"), plan):
         return
     made_decoder = decoder(made, "coupled", plan)
-    task = made_decoder._task(PROMPT, max_new_tokens=25, temperature=temperature, strict=True)
-    for _ in made_decoder._run(task):
+    task = made_decoder.prepare(PROMPT, max_new_tokens=25, temperature=temperature, strict=True)
+    for _ in Stream(task):
         tokens = task.target.tokens
         assert tokens[: len(PROMPT)] == PROMPT
         assert len(task.target.tree) == 0
@@ -256,7 +257,7 @@ def test_same_state_same_proposal(drafter: str, policy: str, verifier: str) -> N
     if not fits(made, rule, plan):
         return
     made_decoder = decoder(made, rule, plan)
-    task = made_decoder._task(PROMPT, max_new_tokens=25, temperature=1.0, seed=4, strict=True)
+    task = made_decoder.prepare(PROMPT, max_new_tokens=25, temperature=1.0, seed=4, strict=True)
     inner = task.drafter.inner
     propose, seen = inner.propose, []
 
@@ -273,7 +274,7 @@ def test_same_state_same_proposal(drafter: str, policy: str, verifier: str) -> N
         return second
 
     inner.propose = twice
-    for _ in made_decoder._run(task):
+    for _ in Stream(task):
         pass
     assert any(seen) or drafter == "none"
     once = decoder(make_drafter(drafter), rule, plan).generate(PROMPT, max_new_tokens=25, temperature=1.0, seed=4)

@@ -12,6 +12,7 @@ from tiny_text import BOS, EOS, TEXT_VOCAB, Says, ScriptedDrafter, byte_tokenize
 
 import specdec
 from specdec.errors import InputError
+from specdec.generation import Stream
 from specdec.policy import Fixed
 
 PROMPT = [3, 5, 7]
@@ -194,8 +195,8 @@ def test_an_abandoned_stream_leaves_nothing_behind(target: torch.nn.Module, plai
     for chunk in other:
         tokens += chunk.tokens
     assert tokens == plain[:30]
-    task = decoder._task(PROMPT, max_new_tokens=30)
-    stream = decoder._run(task)
+    task = decoder.prepare(PROMPT, max_new_tokens=30)
+    stream = Stream(task)
     next(stream)
     assert len(task.target.tokens) > len(PROMPT)
     stream.close()

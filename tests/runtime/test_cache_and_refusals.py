@@ -9,6 +9,7 @@ import transformers as tf
 
 import specdec
 from specdec.errors import InputError, UnsupportedModelError
+from specdec.generation import Stream
 from specdec.policy import Fixed
 from specdec.runtime.backends.eager import EagerBackend
 from specdec.runtime.cache import BUCKETS, SlotLayer, bucket
@@ -121,7 +122,7 @@ def test_the_drafts_own_cache_is_complete(policy: Fixed, scale: float) -> None:
     target = tiny_models.tiny("gpt-neox")
     draft = tiny_models.noisy(target, scale)
     decoder = specdec.SpeculativeDecoder(target, drafter=draft, policy=policy)
-    task = decoder._task([3, 5, 7], max_new_tokens=30)
+    task = decoder.prepare([3, 5, 7], max_new_tokens=30)
     full = 0
     inner = task.drafter.inner
     observe = inner.observe
@@ -140,7 +141,7 @@ def test_the_drafts_own_cache_is_complete(policy: Fixed, scale: float) -> None:
         return state
 
     inner.observe = checked
-    for _ in decoder._run(task):
+    for _ in Stream(task):
         pass
     assert task.trace.drafter_error is None
     assert full > 0
