@@ -30,12 +30,24 @@ ROWS = [
 
 
 def command(drafter: str, temperature: str, more: list[str], out: Path, quick: bool) -> list[str]:
-    words = ["compare", "--drafter", drafter, "--temperature", temperature, *more, "--max-new-tokens", "64"]
+    words = [
+        "compare",
+        "--drafter",
+        drafter,
+        "--temperature",
+        temperature,
+        *more,
+        "--max-new-tokens",
+        "128",
+        "--limit",
+        "8",
+    ]
     words += ["--baseline", "hf"]
     if drafter == "model":
         words += ["--baseline", "hf-assisted"]
     if quick:
-        words += ["--limit", "2", "--repetitions", "1", "--max-new-tokens", "32"]
+        words[words.index("--limit") + 1] = "2"
+        words += ["--repetitions", "1", "--max-new-tokens", "32"]
     return [*words, "--json", str(out)]
 
 

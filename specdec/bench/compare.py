@@ -130,8 +130,13 @@ class Comparison:
 
     @property
     def efficiency(self) -> float:
+        """Achieved over ideal, both pooled over all texts: seconds per token against seconds per token."""
         ideal = self.ideal_speedup
-        return self.ratio(SPECULATIVE, PLAIN).median / ideal if ideal else 0.0
+        return self._seconds_per_token(PLAIN) / self._seconds_per_token(SPECULATIVE) / ideal if ideal else 0.0
+
+    def _seconds_per_token(self, method: str) -> float:
+        runs = [run for row in self.rows for run in row.runs[method]]
+        return sum(run.seconds for run in runs) / sum(len(run.tokens) for run in runs)
 
     @property
     def divergences(self) -> list[tuple[Row, Divergence]]:
