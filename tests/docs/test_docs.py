@@ -35,7 +35,7 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run_as_written(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    namespace: dict = {"__name__": "docs"}
+    namespace: dict = {"__name__": "__main__"}  # dataclasses look their module up
     for block in blocks(page, "python"):
         if block.lstrip().startswith("def decode("):
             continue  # the loop itself, compared below
