@@ -102,7 +102,9 @@ class ModelDrafter(Drafter):
             logits = fit_vocabulary(logits, request.vocab_size)
             scores_FV = request.sampling.scores(logits, session.tokens, tree, nodes)
             position = len(session.tokens) + depth
-            tokens_FC = self._draw(scores_FV, draw, plan.children(depth), position, chance)
+            # Greedy chains that never ask for confidence do without.
+            q_FV = scores_FV.softmax(-1) if draw is not Draw.POINT or plan.stop_below > 0 else scores_FV
+            tokens_FC = self._draw(scores_FV, q_FV, draw, plan.children(depth), position, chance)
             if tokens_FC.shape[1] == 1:
                 row_of, tokens = list(range(len(nodes))), tokens_FC[:, 0]
             else:
@@ -110,11 +112,11 @@ class ModelDrafter(Drafter):
                 row_of, tokens = present.nonzero()[:, 0].tolist(), tokens_FC[present]
             q_rows += [sum(len(block) for block in drawn_from) + row for row in row_of]
             if draw is Draw.SAMPLED:
-                drawn_from.append(scores_FV.softmax(-1))
+                drawn_from.append(q_FV)
             growing = list(range(len(tree), len(tree) + len(row_of)))
             tree = tree.extend(tokens, [nodes[row] for row in row_of])
             if plan.stop_below > 0:
-                sure = scores_FV.softmax(-1)[row_of, tokens] >= plan.stop_below
+                sure = q_FV[row_of, tokens] >= plan.stop_below
                 growing = [node for node, keep in zip(growing, sure.tolist(), strict=True) if keep]
             if not growing:
                 break
@@ -123,12 +125,12 @@ class ModelDrafter(Drafter):
         return Proposal(tree, (draw,) * len(tree))
 
     @staticmethod
-    def _draw(scores_FV: Tensor, draw: Draw, count: int, position: int, chance: Chance) -> Tensor:
+    def _draw(scores_FV: Tensor, q_FV: Tensor, draw: Draw, count: int, position: int, chance: Chance) -> Tensor:
         """`[F, count]` children in drawing order; -1 where there are fewer."""
         if draw is Draw.SHARED:
-            return chance.race(scores_FV.softmax(-1), [position] * len(scores_FV), count)
+            return chance.race(q_FV, [position] * len(q_FV), count)
         if draw is Draw.SAMPLED:
-            return without_replacement(scores_FV.softmax(-1), count, chance)
+            return without_replacement(q_FV, count, chance)
         best, index = scores_FV.topk(min(count, scores_FV.shape[-1]))
         return torch.where(best.isinf(), -1, index) if count > 1 else index
 

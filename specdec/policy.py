@@ -179,7 +179,7 @@ class _Average:
         keep = 0.5 ** (1 / self.half_life)
         self.total, self.weight = self.total * keep + value, self.weight * keep + 1
 
-    def mean(self, prior: float, strength: float) -> float:
+    def mean(self, prior: float = 0.0, strength: float = 0.0) -> float:
         return (self.total + prior * strength) / (self.weight + strength)
 
 
@@ -208,9 +208,9 @@ class ThroughputRun(PolicyRun):
 
     def rates(self) -> list[float]:
         """Expected tokens per second at draft lengths 0 .. limit."""
-        drafting = self.draft.mean(0.0, 0.0) if self.draft.weight else 0.0
-        other = self.other.mean(0.0, 0.0) if self.other.weight else 0.0
-        verify = {width: average.total / average.weight for width, average in self.verify.items()}
+        drafting = self.draft.mean() if self.draft.weight else 0.0
+        other = self.other.mean() if self.other.weight else 0.0
+        verify = {width: average.mean() for width, average in self.verify.items()}
         survive, expected = 1.0, 1.0
         rates = [expected / (cost_at(verify, 1) + other)]
         for k, accepted in enumerate(self.acceptance(), 1):

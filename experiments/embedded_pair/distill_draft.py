@@ -18,7 +18,7 @@ import data
 import numpy as np
 import torch
 from accelerate import Accelerator
-from train_target import Batches, llama, optimizers, rate
+from train_target import Batches, llama, optimizers, rate, set_rates
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 PROMPT, CONTINUATION = 64, 192
@@ -133,9 +133,7 @@ def main() -> None:
     last_save, compiled = time.time(), False
     while state["seconds"] < args.minutes * 60:
         started = time.time()
-        for opt, rates in zip(opts, base, strict=True):
-            for group, lr in zip(opt.param_groups, rates, strict=True):
-                group["lr"] = lr * rate(state["seconds"] / 60 / args.minutes)
+        set_rates(opts, base, rate(state["seconds"] / 60 / args.minutes))
         batch = torch.cat((own.draw(args.batch // 2), text.draw(args.batch - args.batch // 2)))
         with torch.no_grad(), accelerator.autocast():
             p = compiled_target(batch).logits.float().softmax(-1)

@@ -67,6 +67,13 @@ def rate(progress: float) -> float:
     return 1.0
 
 
+def set_rates(opts: list[torch.optim.Optimizer], base: list[list[float]], share: float) -> None:
+    """Every group's learning rate becomes `share` of its own base rate."""
+    for opt, rates in zip(opts, base, strict=True):
+        for group, lr in zip(opt.param_groups, rates, strict=True):
+            group["lr"] = lr * share
+
+
 class Batches:
     """Random windows, drawn without replacement within a pass; the state is (pass, position)."""
 
@@ -161,9 +168,7 @@ def main() -> None:
         progress = max(state["seconds"] / 60 / args.minutes, state["tokens"] / args.tokens)
         if progress >= 1:
             break
-        for opt, rates in zip(opts, base, strict=True):
-            for group, lr in zip(opt.param_groups, rates, strict=True):
-                group["lr"] = lr * rate(progress)
+        set_rates(opts, base, rate(progress))
         if progress > 1 - args.long and batches.length == args.length:
             batches = Batches(train, 2 * args.length, args.seed + 1)
         loss_sum = 0.0
