@@ -70,8 +70,8 @@ def _step(session: Session, width: int) -> Step:
     """A chain of `width` rows behind what the session has cached."""
     start = session.num_cached
     tokens = torch.tensor([session.tokens[i % len(session.tokens)] for i in range(width)], dtype=torch.int64)
-    mask = torch.ones(width, start + width, dtype=torch.bool).tril(start)
-    return Step(tokens, torch.arange(start, start + width), torch.arange(start + width), mask, start, width)
+    block = torch.ones(width, width, dtype=torch.bool).tril()
+    return Step(tokens, start, block, torch.arange(start, start + width), start, width)
 
 
 def measure(decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int]) -> BareCosts:

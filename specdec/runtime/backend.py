@@ -1,6 +1,6 @@
 """How a session's step runs. A backend owns the keys and values; the session owns tokens, trees and positions.
 
-Shape suffixes: M rows of one step, C cached slots, V vocabulary, H hidden.
+Shape suffixes: M rows of one step, B slots of its block, C cached slots, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,22 +29,50 @@ class Capabilities:
     widths: tuple[int, ...] | None = None  # None: any number of rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """One forward: rows `[M]` with their absolute positions, written to the M slots from `start` on.
+    """One forward: rows `[M]`, written to the M slots from `start` on.
 
-    `mask_MC` (bool, C = start + M) tells which slots each row sees, itself included. A sliding layer also hides
-    slots whose position lies `window` or more behind the row's: `key_positions_C` are the positions of the slots.
-    Logits are wanted for the last `num_logits` rows.
+    Every row sees all slots before `prefix`, and slot s < `prefix` stands at position s; so nothing that grows with the
+    text has to be made for a step. The slots from `prefix` to `start + M` are the block: `block_MB` (bool) tells which
+    of them each row sees, itself included, and `block_positions_B` (int64) at which positions they stand. The rows are
+    the block's last M slots. Small tensors may be shared between steps: read them, never write.
+
+    A sliding layer also hides slots whose position lies `window` or more behind the row's. Logits are wanted for the
+    last `num_logits` rows. Tensors lie on the host, but for `tokens` that a draft left on its device.
     """
 
     tokens: Tensor
-    positions: Tensor
-    key_positions_C: Tensor
-    mask_MC: Tensor
+    prefix: int
+    block_MB: Tensor
+    block_positions_B: Tensor
     start: int
     num_logits: int
     hidden: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def end(self) -> int:
+        """Slots in use after the step."""
+        return self.start + self.num_rows
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of the rows; int64 `[M]`."""
+        return self.block_positions_B[self.start - self.prefix :]
+
+    @cached_property
+    def mask_MC(self) -> Tensor:
+        """The dense mask over all C = `end` slots, for backends that need one. O(M C)."""
+        return torch.cat((self.block_MB.new_ones(self.num_rows, self.prefix), self.block_MB), 1)
+
+    @cached_property
+    def key_positions_C(self) -> Tensor:
+        """Positions of all slots, int64 `[C]`. O(C)."""
+        return torch.cat((torch.arange(self.prefix), self.block_positions_B))
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,8 @@ class StepResult:
 class Backend(ABC):
     """Runs steps of one model for one sequence."""
 
+    _family: object | None = None
+
     @classmethod
     @abstractmethod
     def open(cls, model: Any, **options: Any) -> Self:
@@ -64,8 +95,32 @@ class Backend(ABC):
     @abstractmethod
     def capabilities(self) -> Capabilities: ...
 
+    @property
+    def family(self) -> object:
+        """The same object for a backend and its forks, and for nothing else: what one of them computed, all can use.
+
+        A backend whose `fork` does not pass it on (`twin.join_family(self)`) is a family of its own.
+        """
+        if self._family is None:
+            self._family = object()
+        return self._family
+
+    def join_family(self, relative: Backend) -> Self:
+        """For `fork`: the twin belongs to the family of the backend that it was forked from."""
+        self._family = relative.family
+        return self
+
     @abstractmethod
     def forward(self, step: Step) -> StepResult: ...
+
+    @classmethod
+    def forward_many(cls, backends: Sequence[Self], steps: Sequence[Step]) -> list[StepResult]:
+        """One step each of several sequences of one family, in order; no sequence occurs twice.
+
+        Here one after another. A backend that can runs all rows as one model call; then a row's result must be what
+        it is alone, as far as the backend's numerics promise that of any two row counts.
+        """
+        return [backend.forward(step) for backend, step in zip(backends, steps, strict=True)]
 
     @abstractmethod
     def gather(self, slots: Sequence[int], start: int) -> None:

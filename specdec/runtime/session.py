@@ -4,14 +4,18 @@ A session holds committed tokens and, behind them, the nodes of a tree that may 
 token but the last few has its keys and values in the cache; the next forward computes what is pending. So prefill,
 the catch-up of a draft model after full acceptance, plain decoding and tree verification are one operation.
 
-Shape suffixes: M rows of one step, C cached slots, N tree nodes, V vocabulary.
+What needs the model is written as a generator of `Call`s, each answered with its `StepResult`. `run` answers them at
+once; a batch collects those of many texts and answers them together.
+
+Shape suffixes: M rows of one step, B slots of its block, N tree nodes, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +26,37 @@ from specdec.tree import TokenTree, structure
 
 # Rows of one prefill step: bounds the logits and attention scratch of long prompts.
 PREFILL_CHUNK = 512
+# Blocks of at most this many slots are kept for the next step of the same shape.
+_SMALL_BLOCK = 128
+
+T = TypeVar("T")
+
+
+class Call(NamedTuple):
+    """A step that is wanted of a backend."""
+
+    backend: Backend
+    step: Step
+
+
+#: A computation that asks for steps on its way and returns a `T`.
+Steps = Generator[Call, StepResult, T]
+
+
+def run(steps: Steps[T]) -> T:
+    """Answer every call at once, one after another; what the computation returns."""
+    proceed: Callable[[Any], Call] = steps.send
+    answer: StepResult | Exception | None = None
+    while True:
+        try:
+            backend, step = proceed(answer)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+        try:
+            proceed, answer = steps.send, backend.forward(step)
+        except Exception as error:
+            proceed, answer = steps.throw, error
 
 
 @dataclass(frozen=True)
@@ -33,15 +68,37 @@ class Rows:
     hidden: tuple[Tensor, ...] | None = None
 
 
-@lru_cache(maxsize=4096)
-def _tree_block(num_pending: int, parents: tuple[int, ...], first: int) -> Tensor:
-    """Which of the pending tokens and nodes each new row sees: bool `[pending + new nodes, pending + N]`."""
+def chunk_end(start: int) -> int:
+    """Where the prefill chunk that begins at `start` ends: at a place that depends on nothing else.
+
+    So the keys and values of a prompt up to such a place are, bit for bit, those of every prompt that begins alike.
+    """
+    for size in (PREFILL_CHUNK // 4, PREFILL_CHUNK // 2):
+        if start < size:
+            return size
+    return (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK
+
+
+def _block(num_pending: int, parents: tuple[int, ...], first: int) -> tuple[Tensor, Tensor]:
+    """Which of the pending tokens and nodes each new row sees, bool `[M, B]`, and their places behind the prefix `[B]`.
+
+    B = pending + N; the rows are the pending tokens and the nodes from `first` on.
+    """
     n = len(parents)
     block = torch.zeros(num_pending + n, num_pending + n, dtype=torch.bool)
     block[:num_pending, :num_pending] = torch.ones(num_pending, num_pending, dtype=torch.bool).tril()
     block[num_pending:, :num_pending] = True
     block[num_pending:, num_pending:] = structure(parents).ancestors_NN
-    return torch.cat((block[:num_pending], block[num_pending + first :]))
+    offsets = torch.tensor([*range(num_pending), *(num_pending - 1 + depth for depth in structure(parents).depths)])
+    return torch.cat((block[:num_pending], block[num_pending + first :])), offsets.long()
+
+
+_small_block = lru_cache(maxsize=2048)(_block)
+
+
+def _make_block(num_pending: int, parents: tuple[int, ...], first: int) -> tuple[Tensor, Tensor]:
+    make = _small_block if num_pending + len(parents) <= _SMALL_BLOCK else _block
+    return make(num_pending, parents, first)
 
 
 class Session:
@@ -66,21 +123,29 @@ class Session:
 
     def prefill(self) -> None:
         """Compute every pending token but the last, in chunks."""
+        run(self.prefilling())
+
+    def prefilling(self) -> Steps[None]:
+        """`prefill`, asking for its steps."""
         while len(self.tokens) - 1 > self.num_cached:
-            count = min(PREFILL_CHUNK, len(self.tokens) - 1 - self.num_cached)
-            self._step(self.tokens[self.num_cached : self.num_cached + count], TokenTree.empty(), 1, False)
-            self.num_cached += count
+            end = min(chunk_end(self.num_cached), len(self.tokens) - 1)
+            yield Call(self.backend, self._step(self.tokens[self.num_cached : end], TokenTree.empty(), 1, False))
+            self.num_cached = end
 
     def forward(self, tree: TokenTree | None = None, *, hidden: bool = False) -> Rows:
         """Logits of the root (when it is still pending) and of the nodes that are new since the last forward.
 
         A tree that is longer than the last one must start with the same nodes: this is how a drafter grows one.
         """
+        return run(self.forwarding(tree, hidden=hidden))
+
+    def forwarding(self, tree: TokenTree | None = None, *, hidden: bool = False) -> Steps[Rows]:
+        """`forward`, asking for its steps: one, and those of a prefill before it when much is pending."""
         tree = tree if tree is not None else TokenTree.empty()
         if not self.tokens:
             raise InputError("a session needs at least one token before it can predict the next")
         if len(self.tokens) - self.num_cached > PREFILL_CHUNK:
-            self.prefill()
+            yield from self.prefilling()
         first = len(self.tree)
         if tree.parents[:first] != self.tree.parents:
             raise InputError("forward(tree): the tree does not extend the one that was computed; drop_tree() first")
@@ -88,32 +153,27 @@ class Session:
         nodes = ((-1,) if pending else ()) + tuple(range(first, len(tree)))
         if not nodes:
             raise InputError("forward(tree): nothing is new; every row was returned before")
-        result = self._step(pending, tree, len(nodes), hidden)
+        result = yield Call(self.backend, self._step(pending, tree, len(nodes), hidden))
         self.num_cached = len(self.tokens)
         self.tree = tree
         return Rows(nodes, result.logits, result.hidden)
 
-    def _step(self, pending: Sequence[int], tree: TokenTree, num_logits: int, hidden: bool) -> StepResult:
-        first = len(self.tree)
-        base = self.num_cached + len(pending)  # slots of nodes start here
-        start = self.num_cached if pending else base + first
-        block = _tree_block(len(pending), tree.parents, first)
-        mask = torch.ones(block.shape[0], self.num_cached + block.shape[1], dtype=torch.bool)
-        mask[:, self.num_cached :] = block
-        depths = torch.tensor(tree.depths, dtype=torch.int64)
-        key_positions = torch.cat((torch.arange(base), depths + (base - 1)))
-        positions = torch.cat((key_positions[self.num_cached : base], key_positions[base + first :]))
-        tokens = torch.tensor(list(pending), dtype=torch.int64)
+    def _step(self, pending: Sequence[int], tree: TokenTree, num_logits: int, hidden: bool) -> Step:
+        """Of the pending tokens and the nodes that were not computed yet. Nothing here grows with the text."""
+        first, prefix = len(self.tree), self.num_cached
+        block, offsets = _make_block(len(pending), tree.parents, first)
+        tokens = torch.tensor(pending, dtype=torch.int64)
         if len(tree) > first:
-            tokens = torch.cat((tokens.to(tree.tokens.device), tree.tokens[first:]))
-        return self.backend.forward(Step(tokens, positions, key_positions, mask, start, num_logits, hidden))
+            new = tree.tokens[first:] if first else tree.tokens
+            tokens = torch.cat((tokens.to(new.device), new)) if pending else new
+        start = prefix + (0 if pending else first)
+        return Step(tokens, prefix, block, offsets + prefix, start, num_logits, hidden)
 
     def _alone(self, token: int | Tensor, slot: int) -> Tensor:
         """Logits `[V]` of one row over the slots before its own: the step of plain decoding."""
-        mask = torch.ones(1, slot + 1, dtype=torch.bool)
-        positions = torch.arange(slot + 1)
+        block, offsets = _make_block(1, (), 0)
         row = torch.as_tensor(token, dtype=torch.int64).reshape(1)
-        return self.backend.forward(Step(row, positions[-1:], positions, mask, slot, 1)).logits[0]
+        return self.backend.forward(Step(row, slot, block, offsets + slot, slot, 1)).logits[0]
 
     def replay(self, first: int, path: Sequence[int]) -> Generator[Tensor, None, None]:
         """Logits `[V]` of the root, then of each node of a computed `path`, computed again one row at a time.

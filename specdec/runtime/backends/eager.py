@@ -91,7 +91,7 @@ class EagerBackend(Backend):
 
     @torch.inference_mode()
     def fork(self, length: int) -> Self:
-        return type(self)(self.model, self.cache.fork(length))
+        return type(self)(self.model, self.cache.fork(length)).join_family(self)
 
     @property
     def num_bytes(self) -> int:
