@@ -123,6 +123,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="windows per forward")
     parser.add_argument("--accumulate", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--init", type=Path, help="start from this folder's weights, such as an earlier run's model")
+    parser.add_argument("--rate", type=float, default=1.0, help="scales the learning rates; less than 1 with --init")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -133,6 +135,8 @@ def main() -> None:
     train, held = data.encode_split(tokenizer, False), data.encode_split(tokenizer, True)
     accelerator = Accelerator(mixed_precision="bf16")
     model = LlamaForCausalLM(target_config())
+    if args.init:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} tokens", flush=True)
     opts = optimizers(model)
     batches = Batches(train, args.length, args.seed)
@@ -168,7 +172,7 @@ def main() -> None:
         progress = max(state["seconds"] / 60 / args.minutes, state["tokens"] / args.tokens)
         if progress >= 1:
             break
-        set_rates(opts, base, rate(progress))
+        set_rates(opts, base, args.rate * rate(progress))
         if progress > 1 - args.long and batches.length == args.length:
             batches = Batches(train, 2 * args.length, args.seed + 1)
         loss_sum = 0.0
