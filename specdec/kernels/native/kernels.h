@@ -1,0 +1,69 @@
+// The table of kernels that each instruction-set variant fills in. No torch here: variants compile in seconds, and no
+// inline function of a shared header is emitted with instructions that the machine may lack.
+//
+// Sizes: M rows, K inputs, N outputs, D key size, E value size, Q queries (rows of a tile x heads of a group).
+#pragma once
+#include <stdint.h>
+
+namespace specdec {
+
+enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2, kNumTypes = 3 };
+
+// Positions are split into chunks of this many, in prefix order, and chunks are merged in order: part of the result.
+constexpr int64_t kChunk = 256;
+// Queries of one attention tile, unless one row's group alone is larger.
+constexpr int64_t kTileQueries = 24;
+
+struct Linear {
+  const void* x;       // [M, K] contiguous
+  const void* weight;  // [N, K] contiguous
+  const void* bias;    // [N] or null
+  void* y;             // [M, N] contiguous
+  int64_t M, K, N;
+};
+
+// One row: it sees virtual slots j in [first, count). For j < prefix + lead that is slot j, then come the slots
+// prefix + columns[0], prefix + columns[1], ...
+struct Row {
+  const int32_t* columns;
+  int64_t count, lead, first;
+};
+
+// Consecutive rows of one sequence and the query heads that share one key/value head. Query q = row * group + head.
+struct Tile {
+  const void* queries;  // [Q, D]
+  const void* keys;     // [C, D]
+  const void* values;   // [C, E]
+  const Row* rows;
+  int64_t num_rows, group, D, E, prefix;
+  double scale, softcap;
+};
+
+// The attention of a tile over some chunks. Accumulators are double for float64, float otherwise.
+struct Partial {
+  void* maxima;   // [Q]
+  void* sums;     // [Q]
+  void* outputs;  // [Q, E]
+  uint8_t* seen;  // [Q], 0 while the query has seen nothing
+};
+
+struct Kernels {
+  const char* name;
+  int64_t unit;  // outputs per indivisible piece of a linear
+  void (*linear[kNumTypes])(const Linear&, int64_t n_begin, int64_t n_end);
+  // Fills `part` from one chunk. `scores` is scratch of Q * kChunk accumulators.
+  void (*attend[kNumTypes])(const Tile&, int64_t chunk, void* scores, const Partial& part);
+  void (*merge[kNumTypes])(const Partial& into, const Partial& part, int64_t num_queries, int64_t E);
+  // Writes query q of the partial, divided by its sum, to out + q_offsets[q] (in elements).
+  void (*finish[kNumTypes])(const Partial&, int64_t num_queries, int64_t E, void* out, const int64_t* q_offsets);
+};
+
+const Kernels* portable_kernels();
+#if defined(__x86_64__)
+// Absent (null) when the compiler could not build the variant.
+__attribute__((weak)) const Kernels* avx2_kernels();
+__attribute__((weak)) const Kernels* avx512_kernels();
+__attribute__((weak)) const Kernels* avx512bf16_kernels();
+#endif
+
+}  // namespace specdec

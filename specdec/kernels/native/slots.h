@@ -1,0 +1,264 @@
+// The key/value cache of one sequence, and the description of one forward over one or several sequences.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/custom_class.h>
+
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "kernels.h"
+
+namespace specdec {
+
+struct Slots : torch::CustomClassHolder {
+  struct Layer {
+    at::Tensor keys, values;  // [KV, C, D] and [KV, C, E], undefined before the first write
+  };
+
+  explicit Slots(int64_t num_layers) {
+    TORCH_CHECK(num_layers > 0, "Slots: num_layers must be positive, got ", num_layers);
+    layers_.resize(num_layers);
+  }
+
+  int64_t capacity() const { return capacity_; }
+  int64_t num_layers() const { return int64_t(layers_.size()); }
+
+  // Never shrinks.
+  void reserve(int64_t capacity) {
+    if (capacity <= capacity_) return;
+    for (Layer& layer : layers_)
+      if (layer.keys.defined()) {
+        layer.keys = resized(layer.keys, capacity, capacity_);
+        layer.values = resized(layer.values, capacity, capacity_);
+      }
+    capacity_ = capacity;
+  }
+
+  void gather(const std::vector<int64_t>& slots, int64_t start) {
+    const int64_t num = int64_t(slots.size());
+    bool still = true;
+    for (int64_t i = 0; i < num; i++) {
+      TORCH_CHECK(slots[i] >= 0 && slots[i] < capacity_, "gather: slot ", slots[i], " is not below the capacity ",
+                  capacity_);
+      still = still && slots[i] == start + i;
+    }
+    TORCH_CHECK(start >= 0 && start + num <= capacity_, "gather: ", num, " slots from ", start,
+                " pass the capacity ", capacity_);
+    if (still) return;
+    for (Layer& layer : layers_)
+      if (layer.keys.defined()) {
+        move(layer.keys, slots, start);
+        move(layer.values, slots, start);
+      }
+  }
+
+  c10::intrusive_ptr<Slots> fork(int64_t length) const {
+    TORCH_CHECK(length >= 0 && length <= capacity_, "fork: length ", length, " passes the capacity ", capacity_);
+    auto twin = c10::make_intrusive<Slots>(num_layers());
+    twin->capacity_ = capacity_;
+    for (size_t i = 0; i < layers_.size(); i++)
+      if (layers_[i].keys.defined())
+        twin->layers_[i] = {resized(layers_[i].keys, capacity_, length), resized(layers_[i].values, capacity_, length)};
+    return twin;
+  }
+
+  int64_t num_bytes() const {
+    int64_t total = 0;
+    for (const Layer& layer : layers_)
+      if (layer.keys.defined()) total += int64_t(layer.keys.nbytes() + layer.values.nbytes());
+    return total;
+  }
+
+  const Layer& layer(int64_t index) const {
+    TORCH_CHECK(index >= 0 && index < num_layers(), "layer ", index, " of ", num_layers());
+    return layers_[index];
+  }
+
+  at::Tensor written(const at::Tensor& buffer, int64_t index) const {
+    TORCH_CHECK(buffer.defined(), "layer ", index, " holds nothing yet; its first forward allocates it");
+    return buffer;
+  }
+  at::Tensor keys(int64_t index) const { return written(layer(index).keys, index); }
+  at::Tensor values(int64_t index) const { return written(layer(index).values, index); }
+
+  // Copies rows [row, row + rows) of k [1, KV, M, D] and v [1, KV, M, E] to the slots from `start`.
+  void write(int64_t index, const at::Tensor& k, const at::Tensor& v, int64_t row, int64_t rows, int64_t start) {
+    TORCH_CHECK(index >= 0 && index < num_layers(), "layer ", index, " of ", num_layers());
+    TORCH_CHECK(start + rows <= capacity_, "slots ", start, " .. ", start + rows - 1, " pass the capacity ", capacity_,
+                "; reserve() more first");
+    Layer& layer = layers_[index];
+    if (!layer.keys.defined()) {
+      layer.keys = at::empty({k.size(1), capacity_, k.size(3)}, k.options());
+      layer.values = at::empty({v.size(1), capacity_, v.size(3)}, v.options());
+    }
+    write_one(layer.keys, k, row, rows, start, index);
+    write_one(layer.values, v, row, rows, start, index);
+  }
+
+ private:
+  static at::Tensor resized(const at::Tensor& old, int64_t capacity, int64_t length) {
+    at::Tensor out = at::empty({old.size(0), capacity, old.size(2)}, old.options());
+    const int64_t bytes = old.size(2) * old.element_size();
+    for (int64_t h = 0; h < old.size(0); h++)
+      std::memcpy(bytes_of(out) + h * capacity * bytes, bytes_of(old) + h * old.size(1) * bytes, length * bytes);
+    return out;
+  }
+
+  static char* bytes_of(const at::Tensor& t) { return static_cast<char*>(t.data_ptr()); }
+
+  static void move(const at::Tensor& buffer, const std::vector<int64_t>& slots, int64_t start) {
+    const int64_t bytes = buffer.size(2) * buffer.element_size(), num = int64_t(slots.size());
+    std::vector<char> held(num * bytes);  // every source is read before any is overwritten
+    for (int64_t h = 0; h < buffer.size(0); h++) {
+      char* base = bytes_of(buffer) + h * buffer.size(1) * bytes;
+      for (int64_t i = 0; i < num; i++) std::memcpy(held.data() + i * bytes, base + slots[i] * bytes, bytes);
+      std::memcpy(base + start * bytes, held.data(), num * bytes);
+    }
+  }
+
+  static void write_one(const at::Tensor& buffer, const at::Tensor& rows_of, int64_t row, int64_t rows, int64_t start,
+                        int64_t index) {
+    TORCH_CHECK(buffer.size(0) == rows_of.size(1) && buffer.size(2) == rows_of.size(3) &&
+                    buffer.scalar_type() == rows_of.scalar_type(),
+                "layer ", index, " holds ", buffer.size(0), " heads of size ", buffer.size(2), " in ",
+                buffer.scalar_type(), "; the new rows have ", rows_of.size(1), " of size ", rows_of.size(3), " in ",
+                rows_of.scalar_type());
+    const int64_t item = buffer.element_size(), bytes = buffer.size(2) * item;
+    const int64_t head_step = rows_of.stride(1) * item, row_step = rows_of.stride(2) * item;
+    for (int64_t h = 0; h < buffer.size(0); h++) {
+      const char* from = bytes_of(rows_of) + h * head_step + row * row_step;
+      char* to = bytes_of(buffer) + (h * buffer.size(1) + start) * bytes;
+      for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * bytes, from + r * row_step, bytes);
+    }
+  }
+
+  std::vector<Layer> layers_;
+  int64_t capacity_ = 0;
+};
+
+// The rows of one forward: whose they are, where they are written, and what each sees.
+struct Steps : torch::CustomClassHolder {
+  struct Seen {
+    int64_t offset, lead, count;  // columns behind the leading ones stand in `columns` from `offset`
+  };
+  struct Segment {
+    c10::intrusive_ptr<Slots> slots;
+    int64_t start, rows, prefix, first_row;
+    std::vector<int64_t> positions, block_positions;
+  };
+
+  ~Steps() override {
+    if (id_ == 0) return;
+    std::lock_guard<std::mutex> lock(registry().mutex);
+    registry().steps.erase(id_);
+  }
+
+  void clear() {
+    segments.clear();
+    seen.clear();
+    columns.clear();
+  }
+
+  void add(const c10::intrusive_ptr<Slots>& slots, int64_t start, int64_t rows, int64_t prefix, const at::Tensor& block,
+           const at::Tensor& positions, const at::Tensor& block_positions) {
+    const int64_t width = start + rows - prefix;
+    TORCH_CHECK(slots, "add: slots is None");
+    TORCH_CHECK(rows > 0 && prefix >= 0 && prefix <= start, "add: needs rows > 0 and 0 <= prefix <= start; got rows ",
+                rows, ", prefix ", prefix, ", start ", start);
+    TORCH_CHECK(start + rows <= slots->capacity(), "add: slots ", start, " .. ", start + rows - 1,
+                " pass the capacity ", slots->capacity(), "; reserve() more first");
+    TORCH_CHECK(block.scalar_type() == at::kBool && block.device().is_cpu() && block.dim() == 2 &&
+                    block.size(0) == rows && block.size(1) == width,
+                "add: block must be a bool CPU tensor [", rows, ", ", width, "] (rows, start + rows - prefix), got ",
+                block.scalar_type(), " ", block.sizes());
+    check_positions(positions, rows, "positions");
+    check_positions(block_positions, width, "block_positions");
+    for (const Segment& other : segments)
+      TORCH_CHECK(other.slots != slots, "add: a sequence stands twice in one step; pack its rows into one add()");
+    const at::Tensor mask = block.contiguous();
+    Segment segment{slots, start, rows, prefix, num_rows(), copied(positions), copied(block_positions)};
+    const size_t num_seen = seen.size(), num_columns = columns.size();
+    try {
+      for (int64_t i = 0; i < rows; i++) see(segment, i, mask.const_data_ptr<bool>() + i * width, width);
+    } catch (...) {  // an error leaves the step as it was
+      seen.resize(num_seen);
+      columns.resize(num_columns);
+      throw;
+    }
+    segments.push_back(std::move(segment));
+  }
+
+  int64_t num_rows() const { return int64_t(seen.size()); }
+
+  static at::Tensor handle(const c10::intrusive_ptr<Steps>& self) {
+    std::lock_guard<std::mutex> lock(registry().mutex);
+    if (self->id_ == 0) {
+      self->id_ = ++registry().last;
+      registry().steps.emplace(self->id_, c10::weak_intrusive_ptr<Steps>(self));
+    }
+    at::Tensor out = at::empty({1}, at::kLong);
+    *out.mutable_data_ptr<int64_t>() = self->id_;
+    return out;
+  }
+
+  static c10::intrusive_ptr<Steps> find(int64_t id) {
+    std::lock_guard<std::mutex> lock(registry().mutex);
+    auto found = registry().steps.find(id);
+    auto steps = found == registry().steps.end() ? c10::intrusive_ptr<Steps>() : found->second.lock();
+    TORCH_CHECK(steps, "attend: no Steps object has the handle ", id, "; keep the object alive during the forward");
+    return steps;
+  }
+
+  std::vector<Segment> segments;
+  std::vector<Seen> seen;        // one per row of the packed step
+  std::vector<int32_t> columns;  // of all rows
+
+ private:
+  struct Registry {
+    std::mutex mutex;
+    std::unordered_map<int64_t, c10::weak_intrusive_ptr<Steps>> steps;
+    int64_t last = 0;
+  };
+  static Registry& registry() {
+    static Registry* all = new Registry;  // never destroyed: Steps objects may outlive static destructors
+    return *all;
+  }
+
+  static void check_positions(const at::Tensor& t, int64_t size, const char* name) {
+    TORCH_CHECK(t.scalar_type() == at::kLong && t.device().is_cpu() && t.dim() == 1 && t.size(0) == size, "add: ", name,
+                " must be an int64 CPU tensor [", size, "], got ", t.scalar_type(), " ", t.sizes());
+  }
+  static std::vector<int64_t> copied(const at::Tensor& t) {
+    const at::Tensor flat = t.contiguous();
+    return {flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel()};
+  }
+
+  // Reads one mask row. Visible slots must stand in increasing position order: their place in it is the row's own
+  // numbering of what it sees.
+  void see(const Segment& segment, int64_t i, const bool* mask, int64_t width) {
+    const int64_t own = segment.start - segment.prefix + i;
+    TORCH_CHECK(mask[own], "add: row ", i, " does not see itself: block[", i, ", ", own, "] is false");
+    TORCH_CHECK(segment.positions[i] == segment.block_positions[own], "add: row ", i, " stands at position ",
+                segment.positions[i], " but block_positions[", own, "] is ", segment.block_positions[own]);
+    Seen row{int64_t(columns.size()), 0, segment.prefix};
+    int64_t last = segment.prefix - 1;
+    for (int64_t c = 0; c < width; c++) {
+      if (!mask[c]) continue;
+      TORCH_CHECK(segment.block_positions[c] > last, "add: row ", i, " sees slot ", segment.prefix + c, " at position ",
+                  segment.block_positions[c], " behind position ", last, "; positions must grow with the slots");
+      last = segment.block_positions[c];
+      if (row.count - segment.prefix == c)
+        row.lead++;
+      else
+        columns.push_back(int32_t(c));
+      row.count++;
+    }
+    seen.push_back(row);
+  }
+
+  int64_t id_ = 0;
+};
+
+}  // namespace specdec
