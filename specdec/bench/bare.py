@@ -47,12 +47,17 @@ class BareCosts:
     length: int = 0  # tokens in the cache meanwhile
 
 
+def round_seconds(rounds: Sequence[RoundShape], costs: BareCosts) -> float:
+    """Bare seconds of all rounds: each one target forward over root and nodes, one draft forward per drafted depth."""
+    return sum(costs.draft * r.depth_proposed + cost_at(costs.target, r.num_nodes + 1) for r in rounds)
+
+
 def ideal_speedup(rounds: Sequence[RoundShape], costs: BareCosts) -> float:
     """Plain seconds per token over speculative seconds per token, if only bare forwards cost anything.
 
-    A round costs one target forward over root and nodes, and one draft forward per drafted depth. 0 without rounds.
+    0 without rounds.
     """
-    seconds = sum(costs.draft * r.depth_proposed + cost_at(costs.target, r.num_nodes + 1) for r in rounds)
+    seconds = round_seconds(rounds, costs)
     emitted = sum(r.num_emitted for r in rounds)
     return cost_at(costs.target, 1) * emitted / seconds if seconds > 0 else 0.0
 
@@ -74,35 +79,56 @@ def _step(session: Session, width: int) -> Step:
     return Step(tokens, start, block, torch.arange(start, start + width), start, width)
 
 
-def measure(decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int]) -> BareCosts:
-    """Time bare forwards behind `text` (token ids): every width once per repetition, the draft between them."""
+def forwards(
+    decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int]
+) -> tuple[dict[tuple[str, int], Callable[[], object]], int]:
+    """Bare forwards behind `text` (token ids), by ("target", width) and ("draft", 1), and the tokens cached meanwhile.
+
+    Each call computes the same step again. Widths beyond the context are left out.
+    """
     task = decoder.prepare(list(text), max_new_tokens=1)
     task.target.append(text)
     task.target.prefill()
     room = task.target.context - task.target.num_cached
-    widths = [width for width in widths if width <= room] or [1]
     drafting = decoder.drafter.sessions(decoder.drafter.start(task.request))
-    target_device = decoder.backend.capabilities.device
     calls: dict[tuple[str, int], Callable[[], object]] = {}
-    for width in widths:
+    for width in [width for width in widths if width <= room] or [1]:
         step = _step(task.target, width)
         calls["target", width] = lambda step=step: task.target.backend.forward(step)  # type: ignore[misc]
     for session in drafting[:1]:
         session.prefill()
         own = _step(session, 1)
         calls["draft", 1] = lambda session=session, own=own: session.backend.forward(own)  # type: ignore[misc]
+    return calls, task.target.num_cached
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def collect(seconds: Mapping[tuple[str, int], Sequence[float]], length: int) -> BareCosts:
+    """Medians, by what was called."""
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    target = {width: value for (what, width), value in medians.items() if what == "target"}
+    return BareCosts(target, medians.get(("draft", 1), 0.0), length)
+
+
+def measure(decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int]) -> BareCosts:
+    """Time bare forwards behind `text` (token ids): every width once per repetition, the draft between them."""
+    calls, length = forwards(decoder, text, widths)
+    device = decoder.backend.capabilities.device
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
     began = time.perf_counter()
     for repetition in range(_MAX_REPETITIONS + 1):
         if repetition > _MIN_REPETITIONS and time.perf_counter() - began > _SECONDS:
             break
         for key, call in calls.items():
-            synchronize(target_device)
-            started = time.perf_counter()
-            call()
-            synchronize(target_device)
+            taken = timed(call, device)
             if repetition:  # the first one warms up
-                seconds[key].append(time.perf_counter() - started)
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
-    target = {width: medians["target", width] for width in widths}
-    return BareCosts(target, medians.get(("draft", 1), 0.0), task.target.num_cached)
+                seconds[key].append(taken)
+    return collect(seconds, length)

@@ -77,9 +77,14 @@ def _generator(
     options: Mapping[str, Any],
     assistant: Any = None,
     schedule: Mapping[str, Any] | None = None,
+    *,
+    model: Any = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Generate:
-    model = decoder.target
+    model = decoder.target if model is None else model
     config = _generation_config(decoder, options)
+    for name, value in (settings or {}).items():
+        setattr(config, name, value)
     context = decoder.backend.capabilities.context
     extra: dict[str, Any] = {"tokenizer": decoder.tokenizer} if config.stop_strings else {}
     if assistant is not None:
@@ -97,6 +102,38 @@ def _generator(
     return generate
 
 
+def plain(decoder: SpeculativeDecoder, options: Mapping[str, Any]) -> Baseline:
+    """`model.generate`."""
+    return Baseline("hf", "transformers generate", _generator(decoder, options))
+
+
+def static(decoder: SpeculativeDecoder, options: Mapping[str, Any]) -> Baseline:
+    """`model.generate` with a static cache and a compiled decoding step, on every kind of device.
+
+    It works on a shallow copy of the model: `transformers` keeps the compiled step and the cache on the object.
+    """
+    from transformers import CompileConfig
+
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, mode="default")
+    compile_config._compile_all_devices = True  # transformers' switch for devices other than accelerators
+    settings = {"cache_implementation": "static", "compile_config": compile_config}
+    generate = _generator(decoder, options, model=copy.copy(decoder.target), settings=settings)
+    return Baseline("hf-static", "transformers generate, static cache, compiled", generate)
+
+
+def assisted(decoder: SpeculativeDecoder, options: Mapping[str, Any], draft: Any, k: int | None = None) -> Baseline:
+    """`model.generate(assistant_model=draft)`: with its default schedule, or with a constant number of tokens."""
+    if k is None:
+        default = f"{getattr(draft.generation_config, 'num_assistant_tokens_schedule', None) or 'constant'} schedule"
+        return Baseline("hf-assisted", f"transformers assisted, {default}", _generator(decoder, options, draft))
+    constant = {
+        "num_assistant_tokens": k,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
+    return Baseline(f"hf-assisted-k{k}", f"transformers assisted, k={k}", _generator(decoder, options, draft, constant))
+
+
 def build(name: str, decoder: SpeculativeDecoder, options: Mapping[str, Any]) -> list[Baseline]:
     """The baselines that `--baseline NAME` asks for.
 
@@ -104,7 +141,7 @@ def build(name: str, decoder: SpeculativeDecoder, options: Mapping[str, Any]) ->
     with a constant four tokens. Raises `InputError` for another name or when there is no draft model.
     """
     if name == "hf":
-        return [Baseline("hf", "transformers generate", _generator(decoder, options))]
+        return [plain(decoder, options)]
     if name != "hf-assisted":
         raise InputError(f"no baseline is called {name!r}; there are: {', '.join(NAMES)}")
     draft = getattr(decoder.drafter, "model", None)
@@ -119,14 +156,4 @@ def build(name: str, decoder: SpeculativeDecoder, options: Mapping[str, Any]) ->
             f"transformers' assisted generation wants equal vocabulary sizes; target and draft have "
             f"{sizes[0]} and {sizes[1]}: leave --baseline hf-assisted out"
         )
-    constant = {
-        "num_assistant_tokens": 4,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
-    settings = draft.generation_config
-    default = f"{getattr(settings, 'num_assistant_tokens_schedule', None) or 'constant'} schedule"
-    return [
-        Baseline("hf-assisted", f"transformers assisted, {default}", _generator(decoder, options, draft)),
-        Baseline("hf-assisted-k4", "transformers assisted, k=4", _generator(decoder, options, draft, constant)),
-    ]
+    return [assisted(decoder, options, draft), assisted(decoder, options, draft, 4)]
