@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from specdec.chance import Chance
-from specdec.drafter import BuildContext, Drafter, Outcome, Request
+from specdec.drafter import BuildContext, Drafter, ModelRunner, Outcome, Request
 from specdec.errors import InputError
 from specdec.loading import load_model
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
-from specdec.registry import find
-from specdec.runtime.session import Session
+from specdec.runtime.choose import open_backend
+from specdec.runtime.session import Session, Steps
 from specdec.tree import TokenTree
 
 
@@ -46,7 +46,7 @@ def without_replacement(q_FV: Tensor, count: int, chance: Chance) -> Tensor:
     return torch.cat(drawn, 1)
 
 
-class ModelDrafter(Drafter):
+class ModelDrafter(ModelRunner):
     """Drafts a chain, or a tree level by level, with any causal LM that shares the target's tokenizer.
 
     At temperature 0 children are the top tokens; above it they are drawn as the verifier wants: by the shared race,
@@ -59,8 +59,8 @@ class ModelDrafter(Drafter):
     draws = frozenset(Draw)
     trees = True
 
-    def __init__(self, model: Any, backend: str = "eager"):
-        self._backend = find("backend", backend).open(model)
+    def __init__(self, model: Any, backend: str | None = None):
+        self._backend = open_backend(model, backend)
         self._vocab_size = self._backend.capabilities.vocab_size
         self.model = model
 
@@ -70,7 +70,10 @@ class ModelDrafter(Drafter):
             raise InputError(
                 "the model drafter needs weights: pass a folder or hub id, as in drafter='org/small-model'"
             )
-        return cls(load_model(context.source, device=context.device, dtype=context.dtype), **options)
+        return cls(
+            load_model(context.source, device=context.device, dtype=context.dtype),
+            **{"backend": context.backend, **options},
+        )
 
     @property
     def name(self) -> str:
@@ -83,11 +86,9 @@ class ModelDrafter(Drafter):
     def start(self, request: Request) -> ModelState:
         session = Session(self._backend.fork(0))
         session.append(self._known(request.prompt))
-        if len(request.prompt) <= session.context:
-            session.prefill()
         return ModelState(request, session)
 
-    def propose(self, state: ModelState, plan: Plan, chance: Chance) -> Proposal:
+    def proposing(self, state: ModelState, plan: Plan, chance: Chance) -> Steps[Proposal]:
         session, request = state.session, state.request
         session.drop_tree()
         plan = plan.limited(session.context - len(session.tokens) + 1)
@@ -96,7 +97,7 @@ class ModelDrafter(Drafter):
         drawn_from: list[Tensor] = []  # one block of rows per level
         q_rows: list[int] = []
         for depth in range(plan.depth):
-            rows = session.forward(tree)
+            rows = yield from session.forwarding(tree)
             nodes = [node for node in rows.nodes if node in growing]
             logits = rows.logits if len(nodes) == len(rows.nodes) else rows.logits[[n in growing for n in rows.nodes]]
             logits = fit_vocabulary(logits, request.vocab_size)
@@ -139,4 +140,8 @@ class ModelDrafter(Drafter):
         return state
 
     def sessions(self, state: ModelState) -> Sequence[Session]:
-        return (state.session,)
+        # A text that is longer than the draft's context is never drafted for.
+        return (state.session,) if len(state.session.tokens) <= state.session.context else ()
+
+    def bytes_for(self, length: int) -> int:
+        return self._backend.bytes_for(min(length, self._backend.capabilities.context))

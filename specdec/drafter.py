@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec.chance import Chance
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
-from specdec.runtime.session import Session
+from specdec.runtime.session import Session, Steps, run
 from specdec.sampling import Sampling
 
 
@@ -58,6 +58,11 @@ class BuildContext:
     source: str | None = None
     device: Any = None
     dtype: Any = None
+    backend: str | None = None  # how its own models should run; None: the best that there is
+
+
+#: How a session that holds a prompt gets its keys and values.
+Prefill = Callable[[Session], Steps[None]]
 
 
 class Drafter(ABC):
@@ -94,5 +99,34 @@ class Drafter(ABC):
         """The state after a round."""
 
     def sessions(self, state: Any) -> Sequence[Session]:
-        """Sessions held by the state, for memory reports and reuse."""
+        """Sessions held by the state. The loop prefills those of a new state, from an earlier prompt where it can."""
         return ()
+
+    def bytes_for(self, length: int) -> int:
+        """Bytes of keys and values that a text of `length` tokens takes in the sessions of this drafter."""
+        return 0
+
+    def starting(self, request: Request, prefill: Prefill = Session.prefilling) -> Steps[Any]:
+        """`start`, then the prefill of its sessions, asking for its steps."""
+        state = self.start(request)
+        for session in self.sessions(state):
+            yield from prefill(session)
+        return state
+
+    def proposing(self, state: Any, plan: Plan, chance: Chance) -> Steps[Proposal]:
+        """`propose` as the loop calls it. A drafter that runs a model derives from `ModelRunner` and writes this."""
+        yield from ()
+        return self.propose(state, plan, chance)
+
+
+class ModelRunner(Drafter):
+    """A drafter that asks for its model's steps (`rows = yield from session.forwarding(tree)`) and is sent the answers.
+
+    So the steps of many texts can be answered together; `propose` answers its own at once.
+    """
+
+    def propose(self, state: Any, plan: Plan, chance: Chance) -> Proposal:
+        return run(self.proposing(state, plan, chance))
+
+    @abstractmethod
+    def proposing(self, state: Any, plan: Plan, chance: Chance) -> Steps[Proposal]: ...

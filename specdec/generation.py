@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from specdec.decoder import Task, decode
+from specdec.runtime.session import answered
 from specdec.text import Chunk
 from specdec.trace import Stats, Trace
 
@@ -26,6 +27,20 @@ class Generation:
     def stats(self) -> Stats:
         return self.trace.stats
 
+    @staticmethod
+    def of(task: Task, logprobs: Sequence[float]) -> Generation:
+        """What there is of a task's text so far; `logprobs` are those of its chunks."""
+        ending = task.ending
+        return Generation(
+            prompt=list(task.request.prompt),
+            tokens=ending.tokens,
+            text=ending.text,
+            finish_reason=ending.reason,
+            origins=ending.origins,
+            logprobs=list(logprobs) if task.logprobs else None,
+            trace=task.trace,
+        )
+
 
 class Stream(Iterator[Chunk]):
     """Chunks of text, tokens and origins, one per round. `generation` is the text so far.
@@ -39,7 +54,7 @@ class Stream(Iterator[Chunk]):
         self._chunks = self._run()
 
     def _run(self) -> Generator[Chunk, None, None]:
-        chunks = decode(self.task)
+        chunks = answered(decode(self.task))
         try:
             for chunk in chunks:
                 self.task.trace.num_tokens = len(self.task.ending.tokens)
@@ -63,13 +78,4 @@ class Stream(Iterator[Chunk]):
 
     @property
     def generation(self) -> Generation:
-        ending = self.task.ending
-        return Generation(
-            prompt=list(self.task.request.prompt),
-            tokens=ending.tokens,
-            text=ending.text,
-            finish_reason=ending.reason,
-            origins=ending.origins,
-            logprobs=self._logprobs if self.task.logprobs else None,
-            trace=self.task.trace,
-        )
+        return Generation.of(self.task, self._logprobs)

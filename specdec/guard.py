@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.chance import Chance
-from specdec.drafter import Drafter, Outcome, Request
+from specdec.drafter import Drafter, ModelRunner, Outcome, Prefill, Request
 from specdec.errors import DrafterError, DrafterWarning
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
-from specdec.runtime.session import Session
+from specdec.runtime.session import Session, Steps, run
 from specdec.trace import Trace
 from specdec.verifier import Verifier
 
@@ -22,7 +22,7 @@ class _Failed:
     """The state after a failure: nothing is proposed any more."""
 
 
-class GuardedDrafter(Drafter):
+class GuardedDrafter(ModelRunner):
     """Checks every proposal, and finishes the text by plain decoding when the drafter raises or returns nonsense.
 
     `strict` raises `DrafterError` instead. Lossless: yes; a failed drafter only costs speed.
@@ -47,19 +47,22 @@ class GuardedDrafter(Drafter):
         self.trace.drafter_error = message
         return _Failed()
 
-    def start(self, request: Request) -> Any:
+    def start(self, request: Request) -> list[Any]:
+        return run(self.starting(request))
+
+    def starting(self, request: Request, prefill: Prefill = Session.prefilling) -> Steps[list[Any]]:
         self.vocab_size = request.vocab_size
         try:
-            return [self.inner.start(request)]
+            return [(yield from self.inner.starting(request, prefill))]
         except Exception as error:
             return [self._fail("start", error)]
 
-    def propose(self, state: list[Any], plan: Plan, chance: Chance) -> Proposal:
+    def proposing(self, state: list[Any], plan: Plan, chance: Chance) -> Steps[Proposal]:
         # The state is a box, so that a failure here is remembered without the loop's help.
         if isinstance(state[0], _Failed) or plan.depth == 0:
             return Proposal.empty()
         try:
-            proposal = self.inner.propose(state[0], plan, chance)
+            proposal = yield from self.inner.proposing(state[0], plan, chance)
             if not isinstance(proposal, Proposal):
                 raise TypeError(f"propose returned {type(proposal).__name__}, not a Proposal")
             proposal.check(self.vocab_size)
@@ -81,3 +84,6 @@ class GuardedDrafter(Drafter):
 
     def sessions(self, state: list[Any]) -> Sequence[Session]:
         return () if isinstance(state[0], _Failed) else self.inner.sessions(state[0])
+
+    def bytes_for(self, length: int) -> int:
+        return self.inner.bytes_for(length)

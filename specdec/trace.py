@@ -59,6 +59,7 @@ class Stats:
     num_redecided: int = 0  # doubtful positions that exact=True decided again
     num_recomputed_rows: int = 0  # single-row forwards that this took
     redecide_seconds: float = 0.0  # a part of seconds["verify"]
+    num_reused_tokens: int = 0  # of the prompt: computed for an earlier one that began alike
 
     @property
     def total_seconds(self) -> float:
@@ -87,6 +88,8 @@ class Stats:
                 f"{self.num_redecided} doubtful positions decided again: {self.num_recomputed_rows} rows, "
                 f"{self.redecide_seconds:.3f} s of verify"
             )
+        if self.num_reused_tokens:
+            lines.append(f"{self.num_reused_tokens} prompt tokens reused from an earlier prompt")
         if not self.lossless:
             lines.append("LOSSY: the verifier does not keep the target's distribution")
         if self.drafter_error:
@@ -122,7 +125,10 @@ def summarize(rounds: Sequence[Round], num_tokens: int, prefill: float = 0.0, **
 
 
 class Trace:
-    """The record of one text. The clock belongs to it: `with trace.stage("verify")` inside `with trace.round()`."""
+    """The record of one text. The clock belongs to it: `with trace.stage("verify")` inside `with trace.round()`.
+
+    In a batch the clock stops while other texts run; of a step in common, it counts this text's share by rows.
+    """
 
     def __init__(self) -> None:
         self.rounds: list[Round] = []
@@ -133,27 +139,35 @@ class Trace:
         self.num_redecided = 0
         self.num_recomputed_rows = 0
         self.redecide_seconds = 0.0
+        self.num_reused_tokens = 0
+        self.is_prefilling = False
+        self.seconds_away = 0.0  # spent on other texts; less this text's share of steps that it had in common with them
         self.current = Round()
+
+    def now(self) -> float:
+        """The clock of this text."""
+        return time.perf_counter() - self.seconds_away
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
-        started = time.perf_counter()
+        started, self.is_prefilling = self.now(), True
         yield
-        self.prefill_seconds += time.perf_counter() - started
+        self.prefill_seconds += self.now() - started
+        self.is_prefilling = False
 
     @contextmanager
     def round(self) -> Iterator[Round]:
-        started = time.perf_counter()
+        started = self.now()
         self.current = Round()
         yield self.current
-        self.current.seconds["other"] += time.perf_counter() - started - sum(self.current.seconds.values())
+        self.current.seconds["other"] += self.now() - started - sum(self.current.seconds.values())
         self.rounds.append(self.current)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self.now()
         yield
-        self.current.seconds[name] += time.perf_counter() - started
+        self.current.seconds[name] += self.now() - started
 
     @property
     def stats(self) -> Stats:
@@ -166,4 +180,5 @@ class Trace:
             num_redecided=self.num_redecided,
             num_recomputed_rows=self.num_recomputed_rows,
             redecide_seconds=self.redecide_seconds,
+            num_reused_tokens=self.num_reused_tokens,
         )

@@ -58,7 +58,7 @@ class Law:
 
 
 class _State:
-    """What `ModelDrafter.propose` reads of its state."""
+    """What `ModelDrafter.proposing` reads of its state."""
 
     def __init__(self, request: Request, session: Any):
         self.request, self.session = request, session

@@ -6,6 +6,8 @@ Shape suffix: V vocabulary.
 from __future__ import annotations
 
 import random
+from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ def _random_row(rng: random.Random, vocab_size: int) -> Tensor:
 
 
 class ToySession:
-    """The draft of a `Toy`, with as much of `specdec.runtime.Session` as a drafter's `propose` uses."""
+    """The draft of a `Toy`, with as much of `specdec.runtime.Session` as a drafter's `proposing` uses."""
 
     context = 1 << 20
 
@@ -79,7 +81,8 @@ class ToySession:
     def drop_tree(self) -> None:
         self._num_computed = -1
 
-    def forward(self, tree: TokenTree) -> Rows:
+    def forwarding(self, tree: TokenTree) -> Generator[Any, Any, Rows]:
+        yield from ()
         tokens = tree.tokens.tolist()
         nodes = (() if self._num_computed >= 0 else (-1,)) + tuple(range(max(0, self._num_computed), len(tree)))
         self._num_computed = len(tree)

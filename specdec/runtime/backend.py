@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from specdec.runtime.cache import bucket
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -85,6 +87,7 @@ class Backend(ABC):
     """Runs steps of one model for one sequence."""
 
     _family: object | None = None
+    _slot_bytes: float | None = None
 
     @classmethod
     @abstractmethod
@@ -110,6 +113,20 @@ class Backend(ABC):
         self._family = relative.family
         return self
 
+    @property
+    def numerics(self) -> str:
+        """"invariant" when a row's bits do not depend on the rows beside it, else "fast"."""
+        return "fast"
+
+    @property
+    def describes(self) -> str:
+        """How the step runs, in a few words, for reports."""
+        return "the stock model"
+
+    def warmup(self) -> None:
+        """Do now what would otherwise be done once it pays, such as compiling."""
+        return None
+
     @abstractmethod
     def forward(self, step: Step) -> StepResult: ...
 
@@ -129,6 +146,16 @@ class Backend(ABC):
     @abstractmethod
     def fork(self, length: int) -> Self:
         """An independent backend on the same weights that holds a copy of the first `length` slots."""
+
+    def bytes_for(self, length: int) -> int:
+        """Bytes of keys and values that `length` tokens will take, in the cache's buckets. Measured on one token, once."""
+        context = self.capabilities.context
+        if self._slot_bytes is None:
+            twin = self.fork(0)
+            row = torch.zeros(1, dtype=torch.int64)
+            twin.forward(Step(row, 0, torch.ones(1, 1, dtype=torch.bool), row, 0, 1))
+            self._slot_bytes = twin.num_bytes / bucket(1, context)
+        return round(self._slot_bytes * bucket(length, context))
 
     @property
     @abstractmethod

@@ -30,6 +30,7 @@ PREFILL_CHUNK = 512
 _SMALL_BLOCK = 128
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 class Call(NamedTuple):
@@ -43,20 +44,36 @@ class Call(NamedTuple):
 Steps = Generator[Call, StepResult, T]
 
 
-def run(steps: Steps[T]) -> T:
-    """Answer every call at once, one after another; what the computation returns."""
-    proceed: Callable[[Any], Call] = steps.send
+def answered(events: Generator[Call | E, Any, T]) -> Generator[E, None, T]:
+    """The same computation with every call answered at once: what it yields besides calls, and what it returns."""
+    proceed: Callable[[Any], Call | E] = events.send
     answer: StepResult | Exception | None = None
-    while True:
-        try:
-            backend, step = proceed(answer)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
-        try:
-            proceed, answer = steps.send, backend.forward(step)
-        except Exception as error:
-            proceed, answer = steps.throw, error
+    try:
+        while True:
+            event = proceed(answer)
+            if not isinstance(event, Call):
+                yield event
+                proceed, answer = events.send, None
+                continue
+            try:
+                proceed, answer = events.send, event.backend.forward(event.step)
+            except Exception as error:
+                proceed, answer = events.throw, error
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+    finally:
+        events.close()
+
+
+def run(steps: Steps[T]) -> T:
+    """What the computation returns, when every call is answered at once."""
+    try:
+        next(answered(steps))
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+    raise AssertionError("steps yield calls, and all were answered")
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,7 @@ class Session:
         self.tokens: list[int] = []
         self.num_cached = 0  # leading tokens whose keys and values stand in the cache
         self.tree = TokenTree.empty()  # nodes computed since the last commit
+        self.num_reused = 0  # leading tokens whose keys and values came from another prompt
 
     @property
     def context(self) -> int:
@@ -222,6 +240,12 @@ class Session:
             raise InputError(f"cannot rewind to {length}: the session holds {len(self.tokens)} tokens")
         del self.tokens[length:]
         self.drop_tree()
+
+    def adopt(self, backend: Backend, length: int) -> None:
+        """Take over a backend of the same family that holds the first `length` tokens; nothing is computed yet."""
+        if self.num_cached or length >= len(self.tokens) or backend.family is not self.backend.family:
+            raise InputError("adopt: a session that computed nothing takes fewer tokens than it has, of its own model")
+        self.backend, self.num_cached, self.num_reused = backend, length, length
 
     def fork(self) -> Session:
         """An independent session with the same committed tokens and a copy of their keys and values."""

@@ -259,11 +259,11 @@ def test_same_state_same_proposal(drafter: str, policy: str, verifier: str) -> N
     made_decoder = decoder(made, rule, plan)
     task = made_decoder.prepare(PROMPT, max_new_tokens=25, temperature=1.0, seed=4, strict=True)
     inner = task.drafter.inner
-    propose, seen = inner.propose, []
+    proposing, seen = inner.proposing, []
 
     def twice(state: Any, plan: Any, chance: Any) -> Any:
-        first = propose(state, plan, copy.deepcopy(chance))
-        second = propose(state, plan, chance)
+        first = yield from proposing(state, plan, copy.deepcopy(chance))
+        second = yield from proposing(state, plan, chance)
         assert first.tree.tokens.tolist() == second.tree.tokens.tolist()
         assert first.tree.parents == second.tree.parents
         assert first.draws == second.draws
@@ -273,7 +273,7 @@ def test_same_state_same_proposal(drafter: str, policy: str, verifier: str) -> N
         seen.append(len(first.tree))
         return second
 
-    inner.propose = twice
+    inner.proposing = twice
     for _ in Stream(task):
         pass
     assert any(seen) or drafter == "none"
