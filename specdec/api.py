@@ -18,6 +18,7 @@ from specdec.guard import GuardedDrafter
 from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafter
 from specdec.policy import Policy
 from specdec.proposal import Draw
+from specdec.runtime.choose import open_backend
 from specdec.runtime.session import Session
 from specdec.sampling import Sampling
 from specdec.text import Ending
@@ -46,15 +47,16 @@ class SpeculativeDecoder:
         drafter: Drafter | Any = None,
         verifier: Verifier | str | None = None,
         policy: Policy | str | None = None,
-        backend: str = "eager",
+        backend: str | None = None,
+        numerics: str | None = None,
         allow_lossy: bool = False,
     ):
         self.target = target
         self.tokenizer = tokenizer
-        self.backend = registry.find("backend", backend).open(target)
+        self.backend = open_backend(target, backend, numerics)
         capabilities = self.backend.capabilities
         self.drafter = resolve_drafter(
-            drafter, BuildContext(target, tokenizer, device=capabilities.device, dtype=capabilities.dtype)
+            drafter, BuildContext(target, tokenizer, device=capabilities.device, dtype=capabilities.dtype, backend=backend)
         )
         self.verifier: Verifier = registry.create("verifier", verifier or "coupled")
         self.policy: Policy = registry.create("policy", policy or "throughput")
@@ -184,7 +186,7 @@ class SpeculativeDecoder:
             ending=Ending(request, self.tokenizer, max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop)),
             trace=trace,
             logprobs=logprobs,
-            settle=Redecide() if exact else keep,
+            settle=Redecide() if exact and self.backend.numerics != "invariant" else keep,
         )
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
@@ -235,7 +237,8 @@ def load(
     device: Any = None,
     dtype: Any = None,
     tokenizer: Any = None,
-    backend: str = "eager",
+    backend: str | None = None,
+    numerics: str | None = None,
     allow_lossy: bool = False,
     trust_remote_code: bool = False,
     drafter_options: Mapping[str, Any] | None = None,
@@ -268,5 +271,6 @@ def load(
         verifier=verifier,
         policy=policy,
         backend=backend,
+        numerics=numerics,
         allow_lossy=allow_lossy,
     )

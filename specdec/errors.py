@@ -47,3 +47,7 @@ class NonFiniteLogitsError(SpecdecError, ArithmeticError):
         self.position = position
         self.tokens = list(tokens)
         self.text = text
+
+
+class BackendWarning(UserWarning):
+    """A backend could not be used as asked; the stock step does the work."""

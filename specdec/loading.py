@@ -117,7 +117,7 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
     if isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, torch.nn.Module):
-        wrapped: Drafter = registry.find("drafter", "model")(drafter, **options)
+        wrapped: Drafter = registry.find("drafter", "model")(drafter, **{"backend": context.backend, **options})
         return wrapped
     if drafter is None:
         drafter = "none"

@@ -1,0 +1,236 @@
+"""The compiled backend: native kernels under one ahead-of-time graph for any number of rows and sequences.
+
+Shape suffixes: M rows of one step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from specdec.errors import BackendWarning, InputError, UnsupportedModelError
+from specdec.kernels import ops
+from specdec.runtime import graph
+from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
+from specdec.runtime.backends.eager import EagerBackend
+from specdec.runtime.cache import bucket
+from specdec.runtime.native import NativeModel, unsupported
+from specdec.runtime.worker import Worker
+
+COMPILE = ("auto", "now", "never")
+# Compiling takes about this long. It starts once as many seconds went into steps without a graph, which is at most
+# twice what the best choice in hindsight would have cost.
+SECONDS_BEFORE = 30.0
+# Largest difference from the stock step that rounding explains, as a share of the largest logit.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
+_CHECK_TOKENS = 6
+
+
+class _Shared:
+    """What all sequences of one opened model share."""
+
+    def __init__(self, model: Any, stock: EagerBackend, when: str):
+        self.stock, self.when = stock, when
+        self.native = NativeModel(model)
+        self.steps = ops.steps()
+        self.handle: Tensor = self.steps.handle()
+        self.lock = threading.Lock()
+        self.graph: graph.Graph | None = None
+        self.worker: Worker | None = None
+        self.failure: str | None = None
+        self.python_seconds = 0.0
+        # Bits differ between the model's own Python and the graph: only where tokens hardly notice may it change by itself.
+        self.may_switch = stock.capabilities.dtype in (torch.float32, torch.float64)
+
+    def logits(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        if self.graph is not None and len(tokens) <= graph.MAX_ROWS:
+            return self.graph(tokens[None], positions[None], rows, self.handle)
+        started = time.perf_counter()
+        out: Tensor = self.native(tokens[None], positions[None], rows, self.handle)
+        self.python_seconds += time.perf_counter() - started
+        return out
+
+    def with_hidden(
+        self, steps: Sequence[Step], tokens: Tensor, positions: Tensor, rows: Tensor
+    ) -> list[StepResult]:
+        """Hidden states come from the model's own Python: the graph has none."""
+        out = self.native.run(
+            tokens[None], positions[None], rows, self.handle, output_hidden_states=True
+        )
+        sizes = [step.num_logits for step in steps]
+        hidden = [h[0].index_select(0, rows).split(sizes) for h in out.hidden_states]
+        return [
+            StepResult(logits, tuple(h[i] for h in hidden)) for i, logits in enumerate(out.logits[0].split(sizes))
+        ]
+
+    def adopt(self) -> None:
+        """Between texts: load what a worker has compiled meanwhile, or start one when it pays."""
+        if self.graph is not None or self.when != "auto" or not self.may_switch or self.failure:
+            return
+        if self.worker is None:
+            if self.python_seconds > SECONDS_BEFORE:
+                self.worker = Worker(self.native)
+        elif self.worker.finished:
+            self.failure = self.worker.failure
+            self.graph = None if self.failure else graph.find(self.native)
+
+    def compile(self) -> None:
+        try:
+            self.graph = graph.find(self.native) or graph.compile(self.native, self.handle)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            self.failure = f"{type(error).__name__}: {first}"
+            warnings.warn(
+                f"the step of {type(self.native.model).__name__} could not be compiled ({self.failure}); "
+                "it runs without a graph, on the same kernels",
+                BackendWarning,
+                stacklevel=3,
+            )
+
+
+class CompiledBackend(Backend):
+    """Steps on native kernels, compiled ahead of time when that pays.
+
+    `compile`: "auto" takes a graph that is there already and makes one, in the background, once enough time went into
+    steps without it; "now" compiles at once, as `warmup()` does; "never" stays without.
+
+    Lossless: yes. Where `numerics` is "invariant", a row has the same bits in every step of the same kind (with the
+    graph, or without), however many rows, trees or other sequences ride along.
+    """
+
+    def __init__(self, shared: _Shared, slots: Any = None):
+        self._shared = shared
+        self._slots = slots if slots is not None else ops.slots(len(shared.native.windows))
+        self._capacity = 0
+
+    @classmethod
+    def open(cls, model: Any, **options: Any) -> Self:
+        when = options.pop("compile", "auto")
+        if options or when not in COMPILE:
+            raise InputError(f"the compiled backend takes compile= one of {COMPILE}, not {options or when!r}")
+        stock = EagerBackend.open(model)
+        reason = unsupported(model)
+        if reason:
+            raise UnsupportedModelError(f"{reason}; use backend='eager'")
+        backend = cls(_Shared(model, stock, when))
+        backend._check()
+        if when != "never":
+            backend._shared.graph = graph.find(backend._shared.native)
+        if when == "now":
+            backend.warmup()
+        return backend
+
+    def _check(self) -> None:
+        """Compare a few rows with the stock step: an attention layer may do what no argument tells."""
+        count = min(_CHECK_TOKENS, self.capabilities.context)
+        tokens = torch.arange(count) % self.capabilities.vocab_size
+        positions = torch.arange(count)
+        block = torch.ones(count, count, dtype=torch.bool).tril()
+        step = Step(tokens, 0, block, positions, 0, count)
+        name = type(self._shared.stock.model).__name__
+        try:
+            mine = self.fork(0).forward(step).logits.double()
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(f"{name} does not run on the native kernels: {error}; use backend='eager'") from error
+        stock = self._shared.stock.fork(0).forward(step).logits.double()
+        apart = float((mine - stock).abs().max() / stock.abs().max().clamp_min(1e-6))
+        if not apart <= _TOLERANCE[self.capabilities.dtype]:
+            raise UnsupportedModelError(
+                f"{name} on the native kernels differs from the stock step by {apart:.1%} of the largest logit: its "
+                "layers do something that the kernels do not know; use backend='eager'"
+            )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._shared.stock.capabilities
+
+    @property
+    def family(self) -> object:
+        return self._shared
+
+    @property
+    def numerics(self) -> str:
+        return "fast" if self._shared.native.stock else "invariant"
+
+    @property
+    def describes(self) -> str:
+        kind = "one compiled graph" if self._shared.graph is not None else "the model's own Python"
+        stock = f", stock products in {', '.join(self._shared.native.stock)}" if self._shared.native.stock else ""
+        return f"native kernels ({ops.isa()}), {kind}{stock}"
+
+    def warmup(self) -> None:
+        if self._shared.graph is None:
+            self._shared.compile()
+
+    def forward(self, step: Step) -> StepResult:
+        return type(self).forward_many([self], [step])[0]
+
+    @classmethod
+    @torch.inference_mode()
+    def forward_many(cls, backends: Sequence[Self], steps: Sequence[Step]) -> list[StepResult]:
+        """Rows of several sequences in one call of the model; each attends to its own slots."""
+        shared = backends[0]._shared
+        with shared.lock:
+            shared.steps.clear()
+            for backend, step in zip(backends, steps, strict=True):
+                backend._place(step)
+            if len(steps) == 1:
+                tokens, positions = steps[0].tokens, steps[0].positions
+                rows = _last_rows(len(tokens), steps[0].num_logits)
+            else:
+                tokens, positions = (torch.cat([getattr(s, name) for s in steps]) for name in ("tokens", "positions"))
+                rows = _rows_of(tuple((s.num_rows, s.num_logits) for s in steps))
+            if any(step.hidden for step in steps):
+                return shared.with_hidden(steps, tokens, positions, rows)
+            logits = shared.logits(tokens, positions, rows)
+        if len(steps) == 1:
+            return [StepResult(logits)]
+        return [StepResult(part) for part in logits.split([step.num_logits for step in steps])]
+
+    def _place(self, step: Step) -> None:
+        """Name this sequence's rows and slots to the next call."""
+        end = step.end
+        if end > self._capacity:
+            self._capacity = bucket(end, max(self.capabilities.context, end))
+            self._slots.reserve(self._capacity)
+        self._shared.steps.add(
+            self._slots, step.start, step.num_rows, step.prefix, step.block_MB, step.positions, step.block_positions_B
+        )
+
+    def gather(self, slots: Sequence[int], start: int) -> None:
+        self._slots.gather(list(slots), start)
+
+    def fork(self, length: int) -> Self:
+        if length == 0:
+            self._shared.adopt()
+            return type(self)(self._shared)
+        twin = type(self)(self._shared, self._slots.fork(length))
+        twin._capacity = self._capacity
+        return twin
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._slots.num_bytes())
+
+
+@lru_cache(maxsize=4096)
+def _last_rows(count: int, wanted: int) -> Tensor:
+    return torch.arange(count - wanted, count)
+
+
+@lru_cache(maxsize=4096)
+def _rows_of(sizes: tuple[tuple[int, int], ...]) -> Tensor:
+    """Which rows of a packed step have logits: the last of each sequence's."""
+    ends = list(accumulate(count for count, _ in sizes))
+    return torch.cat([torch.arange(end - wanted, end) for end, (_, wanted) in zip(ends, sizes, strict=True)])

@@ -1,0 +1,84 @@
+"""Which backend and which dtype: chosen by what runs and what a short measurement says, and told to the user."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from specdec import registry
+from specdec.errors import BackendWarning, InputError, UnsupportedModelError
+from specdec.kernels import ops
+from specdec.runtime.backend import Backend
+
+NUMERICS = ("invariant", "fast")
+# A matrix of this many bytes lies beyond most caches, as a large model's weights do.
+_PROBE_BYTES = 48 << 20
+_PROBE_WIDTH = 1024
+# A verification of a few tokens: what a speculative step computes.
+_PROBE_ROWS = 5
+
+
+def open_backend(model: Any, name: str | None = None, numerics: str | None = None, **options: Any) -> Backend:
+    """The backend of that name on a loaded model; None takes `compiled` where it runs, else `eager`.
+
+    numerics="invariant" wants a row's bits to be independent of the rows beside it, and refuses where that cannot be
+    had; "fast" allows stock products; None is invariant where the native kernels run.
+    """
+    if numerics not in (None, *NUMERICS):
+        raise InputError(f"numerics must be one of {NUMERICS} or None, not {numerics!r}")
+    if name is None:
+        name = "eager" if numerics == "fast" else "compiled"
+        try:
+            backend: Backend = registry.find("backend", name).open(model, **options)
+        except UnsupportedModelError as error:
+            # What neither backend can run is refused by the stock one in its own words.
+            backend = registry.find("backend", "eager").open(model)
+            if numerics == "invariant":
+                raise InputError(f"numerics='invariant' cannot be had here: {error}") from error
+            if ops.available() and next(model.parameters()).device.type == "cpu":
+                warnings.warn(f"the eager backend is used: {error}", BackendWarning, stacklevel=3)
+        return backend
+    backend = registry.find("backend", name).open(model, **options)
+    if numerics == "invariant" and backend.numerics != "invariant":
+        raise InputError(
+            f"numerics='invariant' cannot be had from the {name} backend here ({backend.describes}); "
+            "use numerics=None, and exact=True in half precision"
+        )
+    return backend
+
+
+def _seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    call()
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def fastest_dtype(checkpoint: torch.dtype, device: torch.device | str | None) -> tuple[torch.dtype, str]:
+    """The faster of the checkpoint's own dtype and float32 on this device, and why, in one line.
+
+    Measured on one matrix product of a few rows with the products that the default backend uses.
+    """
+    device = torch.device(device or "cpu")
+    name = str(checkpoint).removeprefix("torch.")
+    if device.type != "cpu" or checkpoint == torch.float32:
+        return checkpoint, f"{name}: the checkpoint's own"
+    linear = ops.linear if ops.available() else torch.nn.functional.linear
+    seconds: dict[torch.dtype, float] = {}
+    for dtype in (checkpoint, torch.float32):
+        native = linear if dtype in (torch.float32, torch.bfloat16) else torch.nn.functional.linear
+        weight = torch.zeros(_PROBE_BYTES // dtype.itemsize // _PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
+        rows = torch.zeros(_PROBE_ROWS, _PROBE_WIDTH, dtype=dtype)
+        per_weight = _seconds(lambda r=rows, w=weight, f=native: f(r, w)) / weight.numel()  # type: ignore[misc]
+        seconds[dtype] = per_weight
+    ratio = seconds[torch.float32] / seconds[checkpoint]
+    if ratio > 1:
+        return checkpoint, f"{name}: the checkpoint's own, and {ratio:.1f}x as fast as float32 here"
+    return torch.float32, f"float32: {1 / ratio:.1f}x as fast as {name} here"

@@ -1,0 +1,99 @@
+"""The compiled step: one ahead-of-time graph per model, for any number of rows, kept between processes.
+
+The graph holds no weights and no caches. Weights are bound from the loaded model without a copy, so that every model of
+the same shape uses the same file; keys and values stand behind a handle, so that texts come and go without compiling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from specdec.kernels.build import cache_folder
+from specdec.runtime.native import NativeModel
+
+#: Rows of one call, at most: more go through the model's own Python.
+MAX_ROWS = 4096
+# A step's own loops are short; the products inside bring their threads along.
+_INDUCTOR = {"aot_inductor.package_constants_in_so": False, "cpp.threads": 1}
+# Raised when the operators' signatures change, or what the graph is given.
+_FORMAT = 1
+
+
+def _tensors(model: NativeModel) -> dict[str, Tensor]:
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def fingerprint(model: NativeModel) -> str:
+    """What the graph's code depends on: architecture, shapes, dtypes, versions."""
+    config = {k: v for k, v in model.model.config.to_dict().items() if not k.startswith("_") and "token_id" not in k}
+    shapes = sorted((name, list(t.shape), list(t.stride()), str(t.dtype)) for name, t in _tensors(model).items())
+    facts = {
+        "format": _FORMAT,
+        "class": f"{type(model.model).__module__}.{type(model.model).__qualname__}",
+        "config": config,
+        "tensors": shapes,
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def folder() -> Path:
+    return cache_folder() / "graphs"
+
+
+class Graph:
+    """A loaded graph with the weights of one model bound to it.
+
+    `graph(tokens [1, M], positions [1, M], rows [L], handle [1]) -> logits [L, V]`.
+    """
+
+    def __init__(self, path: Path, model: NativeModel):
+        package = torch._inductor.aoti_load_package(str(path))
+        tensors = _tensors(model)
+        wanted = package.get_constant_fqns()
+        missing = [name for name in wanted if name not in tensors]
+        if missing:
+            raise RuntimeError(f"the graph wants {missing[0]}, which the model does not have")
+        # The graph reads these where they lie: they must live as long as it does.
+        self._bound = {name: tensors[name] for name in wanted}
+        package.load_constants(self._bound, check_full_update=True, user_managed=True)
+        self._run: Callable[[list[Tensor]], list[Tensor]] = package.loader.run
+
+    def __call__(self, tokens: Tensor, positions: Tensor, rows: Tensor, handle: Tensor) -> Tensor:
+        return self._run([tokens, positions, rows, handle])[0]
+
+
+def find(model: NativeModel) -> Graph | None:
+    """The graph that an earlier process compiled, or None."""
+    path = folder() / f"{fingerprint(model)}.pt2"
+    return Graph(path, model) if path.is_file() else None
+
+
+def compile(model: NativeModel, handle: Tensor) -> Graph:  # noqa: A001 (what it does)
+    """Compile, keep, and load. `handle` names a step of three rows, which tracing never runs. Raises what torch raises."""
+    target = folder() / f"{fingerprint(model)}.pt2"
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    some, few = torch.export.Dim("rows", min=1, max=MAX_ROWS), torch.export.Dim("kept", min=1, max=MAX_ROWS)
+    example = (torch.zeros(1, 5, dtype=torch.int64), torch.arange(5)[None], torch.arange(3), handle)
+    shapes = {"tokens": {1: some}, "positions": {1: some}, "rows": {0: few}, "handle": None}
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.no_grad():
+            program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
+        made = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(scratch) / "step.pt2"), inductor_configs=dict(_INDUCTOR)
+        )
+        os.replace(made, target)
+    return Graph(target, model)

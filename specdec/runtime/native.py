@@ -1,0 +1,180 @@
+"""A model on the native kernels: a shallow copy that shares every weight, with other linear and attention layers.
+
+The copy's products and its attention give a row the same bits however many rows ride along. The user's model object
+stays as it was. Shape suffixes: M rows of one step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.pytorch_utils import Conv1D
+
+from specdec.errors import UnsupportedModelError
+from specdec.kernels import ops
+from specdec.runtime.cache import layer_types
+
+ATTENTION = "specdec"
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# Keyword arguments of attention functions that change nothing here, or that the step's own data stand for.
+_IGNORED = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions", "cache_position"}
+
+
+class NativeLinear(nn.Module):
+    """`x @ weight.T + bias` by the native kernel, on the weights of the layer that it stands in for."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class _Passing(CacheLayerMixin):
+    """Hands the new rows on: the attention operator itself writes and reads the slots."""
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What `transformers` calls in place of its own attention: query `[1, heads, M, D]`, the new keys and values."""
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in _IGNORED | {"native"}]
+    if unknown or "native" not in kwargs:
+        reason = f"asks its attention for {', '.join(unknown)}" if unknown else "keeps arguments from its attention"
+        raise UnsupportedModelError(f"{type(module).__name__} {reason}, which the native kernels do not know")
+    call: NativeCall = kwargs["native"]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    return ops.attend(query, key, value, call.handle, layer, scale, float(softcap or 0.0), call.windows[layer]), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class NativeCall:
+    """What the attention layers of one call need: the handle of the steps, and each layer's window (0: none)."""
+
+    def __init__(self, handle: Tensor, windows: tuple[int, ...]):
+        self.handle, self.windows = handle, windows
+
+
+def _replacement(module: nn.Module) -> NativeLinear | None:
+    if type(module) is nn.Linear:
+        return NativeLinear(module.weight, module.bias)
+    if type(module) is Conv1D:  # stores the transpose: this one is a copy
+        weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=False)
+        return NativeLinear(weight, module.bias)
+    return None
+
+
+def _stock_products(modules: Iterable[nn.Module]) -> list[str]:
+    """Kinds of layers whose weights go through stock products still."""
+    known = (NativeLinear, nn.Embedding)
+    return sorted(
+        {
+            type(module).__name__
+            for module in modules
+            if not isinstance(module, known)
+            and any(p.ndim >= 2 and p.is_floating_point() for p in module.parameters(recurse=False))
+        }
+    )
+
+
+class NativeModel(nn.Module):
+    """Steps of a model by the native kernels.
+
+    `forward(tokens [1, M], positions [1, M], rows [L], handle [1])` gives the logits `[L, V]` of the rows asked for;
+    keys and values go to the slots that the handle names. `stock` lists kinds of layers whose products stay stock:
+    when it is empty, a row's bits do not depend on the other rows.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        config = model.config.get_text_config(decoder=True)
+        kinds = layer_types(config)
+        window = getattr(config, "sliding_window", None) or 0
+        self.windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+        self.kinds = frozenset(kinds)
+        self.model = self._copy(model)
+        self.stock = _stock_products(self.model.modules())
+
+    @staticmethod
+    def _copy(model: Any) -> Any:
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        twin = copy.deepcopy(model, shared)
+        for module in list(twin.modules()):
+            for name, child in list(module.named_children()):
+                other = _replacement(child)
+                if other is not None:
+                    setattr(module, name, other)
+        configs = {id(m.config): m.config for m in twin.modules() if hasattr(m, "config")}
+        for config in configs.values():
+            config._attn_implementation = ATTENTION
+        return twin
+
+    def forward(self, tokens: Tensor, positions: Tensor, rows: Tensor, handle: Tensor) -> Tensor:
+        logits: Tensor = self.run(tokens, positions, rows, handle).logits[0]
+        return logits
+
+    def run(self, tokens: Tensor, positions: Tensor, rows: Tensor, handle: Tensor, **options: Any) -> Any:
+        # A dense mask is taken as it is; none of these layers looks at it.
+        unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        return self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask={kind: unused for kind in self.kinds} if len(self.kinds) > 1 else unused,
+            past_key_values=Cache(layers=[_Passing() for _ in self.windows]),
+            use_cache=True,
+            logits_to_keep=rows,
+            native=NativeCall(handle, self.windows),
+            **options,
+        )
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the native kernels cannot run this model, in one line; None when they may."""
+    if not ops.available():
+        return ops.why_not()
+    devices = {p.device.type for p in model.parameters()}
+    if devices != {"cpu"}:
+        return f"the native kernels run on the CPU, and the model is on {', '.join(sorted(devices))}"
+    if model.dtype not in DTYPES:
+        return f"the native kernels know float32, bfloat16 and float64, not {str(model.dtype).removeprefix('torch.')}"
+    if getattr(model, "hf_quantizer", None) is not None:
+        return "the model's weights are quantised"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "the model's layers are spread out by accelerate hooks"
+    return None

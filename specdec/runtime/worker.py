@@ -1,0 +1,79 @@
+"""Compile a step in another process, so that decoding goes on meanwhile.
+
+The worker builds the model from its configuration, without weights: the graph holds none.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+from specdec.kernels import ops
+from specdec.runtime import graph
+from specdec.runtime.native import NativeModel
+
+
+class Worker:
+    """One compilation under way. `finished` polls; `failure` is the reason in one line, or None."""
+
+    def __init__(self, model: NativeModel):
+        self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (outlives this)
+        inner = model.model
+        order = {
+            "module": type(inner).__module__,
+            "name": type(inner).__qualname__,
+            "config": inner.config.to_dict(),
+            "dtype": str(inner.dtype).removeprefix("torch."),
+            "fingerprint": graph.fingerprint(model),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "specdec.runtime.worker"],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order, default=str))
+        self._process.stdin.close()
+        atexit.register(self._process.kill)
+
+    @property
+    def finished(self) -> bool:
+        return self._process.poll() is not None
+
+    def wait(self) -> None:
+        self._process.wait()
+
+    @property
+    def failure(self) -> str | None:
+        if not self._process.returncode:
+            return None
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        return lines[-1] if lines else f"the compiling process ended with code {self._process.returncode}"
+
+
+def main() -> None:
+    import transformers
+
+    order = json.load(sys.stdin)
+    if not order["module"].startswith("transformers."):
+        raise SystemExit(f"{order['name']} is not a model of transformers: compile it with decoder.warmup()")
+    kind = getattr(transformers, order["name"])
+    config = kind.config_class.from_dict(order["config"])
+    with torch.device("meta"):
+        empty = kind._from_config(config, dtype=getattr(torch, order["dtype"]))
+    model = NativeModel(empty.to_empty(device="cpu").eval())
+    if graph.fingerprint(model) != order["fingerprint"]:
+        raise SystemExit("the model was changed after loading: compile it with decoder.warmup()")
+    graph.compile(model, ops.steps().handle())
+
+
+if __name__ == "__main__":
+    main()
