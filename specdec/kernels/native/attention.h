@@ -49,6 +49,23 @@ static Span span_of(const Tile& tile, int64_t chunk) {
 
 // A (an "accumulator vector"): W lanes, R register, S scalar; set1, load, store, add, mul, fma, max, exp.
 
+// exp(x) = 2^n * exp(r), r = x - n log 2 in two steps, |r| <= log 2 / 2; the minimax polynomial is that of Cephes' expf.
+template <class A>
+static INLINE typename A::R exp_rest(typename A::R x, typename A::R n) {
+  return A::fma(n, A::set1(2.12194440e-4f), A::fma(n, A::set1(-0.693359375f), x));
+}
+
+template <class A>
+static INLINE typename A::R exp_series(typename A::R r) {
+  typename A::R y = A::set1(1.9875691500e-4f);
+  y = A::fma(y, r, A::set1(1.3981999507e-3f));
+  y = A::fma(y, r, A::set1(8.3334519073e-3f));
+  y = A::fma(y, r, A::set1(4.1665795894e-2f));
+  y = A::fma(y, r, A::set1(1.6666665459e-1f));
+  y = A::fma(y, r, A::set1(5.0000001201e-1f));
+  return A::add(A::fma(y, A::mul(r, r), r), A::set1(1.f));
+}
+
 template <class A>
 static INLINE typename A::S lane_exp(typename A::S x) {
   typename A::S out[A::W];
@@ -127,11 +144,21 @@ template <class V, class A>
 static void mix_run(const Tile& tile, int64_t num, int64_t slot, int64_t length, const typename A::S* weights,
                     typename A::S* outputs) {
   const typename V::T* values = static_cast<const typename V::T*>(tile.values) + slot * tile.E;
-  constexpr int QR = A::QR;
-  for (; num >= QR; num -= QR, weights += QR * kChunk, outputs += QR * tile.E)
-    mix_queries<V, A, QR>(weights, values, tile.E, length, outputs);
-  for (; num > 0; num--, weights += kChunk, outputs += tile.E)
-    mix_queries<V, A, 1>(weights, values, tile.E, length, outputs);
+  for (; num > 0; num -= A::QR, weights += A::QR * kChunk, outputs += A::QR * tile.E) {
+    switch (least(num, A::QR)) {
+#define SPECDEC_MIX(n) \
+  case n:              \
+    if constexpr (n <= A::QR) mix_queries<V, A, n>(weights, values, tile.E, length, outputs); \
+    break;
+      SPECDEC_MIX(1)
+      SPECDEC_MIX(2)
+      SPECDEC_MIX(3)
+      SPECDEC_MIX(4)
+      SPECDEC_MIX(5)
+      SPECDEC_MIX(6)
+#undef SPECDEC_MIX
+    }
+  }
 }
 
 // Scores to weights exp(score - maximum) in place; returns maximum and sum. Lanes follow the position in the chunk.

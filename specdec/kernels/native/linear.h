@@ -21,14 +21,26 @@ static INLINE void dot_tile(const typename V::T* x, int64_t ldx, const typename 
   for (int i = 0; i < MR * NR; i++) acc[i] = V::zero();
   int64_t k = 0;
   for (; k + V::STEP <= K; k += V::STEP) {
-    typename V::Op b[NR];
+    if constexpr (MR < NR) {  // the fewer operands stay in registers
+      typename V::Op a[MR];
 #pragma GCC unroll 16
-    for (int j = 0; j < NR; j++) b[j] = V::load(w + j * ldw + k);
+      for (int i = 0; i < MR; i++) a[i] = V::load(x + i * ldx + k);
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
-      typename V::Op a = V::load(x + i * ldx + k);
+      for (int j = 0; j < NR; j++) {
+        typename V::Op b = V::load(w + j * ldw + k);
 #pragma GCC unroll 16
-      for (int j = 0; j < NR; j++) V::fma(acc[i * NR + j], a, b[j]);
+        for (int i = 0; i < MR; i++) V::fma(acc[i * NR + j], a[i], b);
+      }
+    } else {
+      typename V::Op b[NR];
+#pragma GCC unroll 16
+      for (int j = 0; j < NR; j++) b[j] = V::load(w + j * ldw + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++) {
+        typename V::Op a = V::load(x + i * ldx + k);
+#pragma GCC unroll 16
+        for (int j = 0; j < NR; j++) V::fma(acc[i * NR + j], a, b[j]);
+      }
     }
   }
   if (k < K) {
