@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from transformers import LogitsProcessor
 
 from specdec import registry
+from specdec.batch import MAX_ROWS, Batch
 from specdec.decoder import Task
 from specdec.drafter import BuildContext, Drafter, Request
-from specdec.errors import IncompatiblePairError, InputError
+from specdec.errors import IncompatiblePairError, InputError, MemoryBudgetError, SpecdecError
 from specdec.exact import Redecide, keep
 from specdec.generation import Generation, Stream
 from specdec.guard import GuardedDrafter
@@ -19,6 +20,7 @@ from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafte
 from specdec.policy import Policy
 from specdec.proposal import Draw
 from specdec.runtime.choose import open_backend
+from specdec.runtime.prefix import PrefixCache, default_bytes
 from specdec.runtime.session import Session
 from specdec.sampling import Sampling
 from specdec.text import Ending
@@ -26,6 +28,15 @@ from specdec.trace import Trace
 from specdec.verifier import Verifier
 
 Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
+Prompts = (
+    list[str]
+    | list[list[int]]
+    | list[torch.Tensor]
+    | list[list[Mapping[str, str]]]
+    | tuple[str, ...]
+    | tuple[list[int], ...]
+    | tuple[torch.Tensor, ...]
+)
 
 
 class SpeculativeDecoder:
@@ -33,7 +44,9 @@ class SpeculativeDecoder:
 
     `target`: a loaded causal LM. `drafter`: a `Drafter`, a loaded draft model, a plugin's name, a folder or a hub id;
     None decodes plainly. `verifier` and `policy`: objects or names; by default `coupled` and `throughput`.
-    `allow_lossy` is needed for verifiers that change the distribution.
+    `allow_lossy` is needed for verifiers that change the distribution. `prefix_cache`: bytes in which prefilled prompts
+    are kept for prompts that begin alike (None: a few hundred MiB at most; 0: none). `memory_budget`: bytes that all
+    keys and values may take, target's, draft's and kept prompts'; a text that cannot fit is refused before it starts.
 
     Lossless: yes, unless a lossy verifier was allowed; then `stats.lossless` is False.
     Raises `InputError` (a `ValueError`) and its kinds before any work when something does not fit.
@@ -50,17 +63,24 @@ class SpeculativeDecoder:
         backend: str | None = None,
         numerics: str | None = None,
         allow_lossy: bool = False,
+        prefix_cache: int | None = None,
+        memory_budget: int | None = None,
     ):
         self.target = target
         self.tokenizer = tokenizer
         self.backend = open_backend(target, backend, numerics)
         capabilities = self.backend.capabilities
         self.drafter = resolve_drafter(
-            drafter, BuildContext(target, tokenizer, device=capabilities.device, dtype=capabilities.dtype, backend=backend)
+            drafter,
+            BuildContext(target, tokenizer, device=capabilities.device, dtype=capabilities.dtype, backend=backend),
         )
         self.verifier: Verifier = registry.create("verifier", verifier or "coupled")
         self.policy: Policy = registry.create("policy", policy or "throughput")
         self.allow_lossy = allow_lossy
+        if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
+            raise InputError(f"memory_budget is a number of bytes, or None for no limit, not {memory_budget!r}")
+        self.memory_budget = memory_budget
+        self.prefixes = PrefixCache(default_bytes(capabilities.device) if prefix_cache is None else prefix_cache)
         self._check_parts(self.drafter, self.verifier, self.policy)
 
     def _check_parts(self, drafter: Drafter, verifier: Verifier, policy: Policy) -> Draw:
@@ -100,7 +120,7 @@ class SpeculativeDecoder:
         if not all(isinstance(token, int) for token in prompt):
             raise InputError(
                 "a prompt is one string, one list of token ids, a 1-D tensor, or chat messages; "
-                "for several prompts call generate once for each"
+                "several prompts are a list of those, for generate, generate_plain and batch()"
             )
         return list(prompt)  # type: ignore[arg-type]
 
@@ -152,6 +172,7 @@ class SpeculativeDecoder:
         drafter: Drafter | None = None,
         verifier: Verifier | None = None,
         policy: Policy | None = None,
+        reuse_prefix: bool = True,
     ) -> Task:
         """Check everything and gather what one text needs; options as for `generate`."""
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -177,6 +198,7 @@ class SpeculativeDecoder:
         )
         trace = Trace()
         trace.lossless = verifier.lossless
+        reuse = reuse_prefix and self.prefixes.limit > 0
         return Task(
             request=request,
             target=Session(self.backend.fork(0)),
@@ -186,35 +208,109 @@ class SpeculativeDecoder:
             ending=Ending(request, self.tokenizer, max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop)),
             trace=trace,
             logprobs=logprobs,
+            prefill=self.prefixes.prefill if reuse else Session.prefilling,
+            num_bytes=self._check_memory(request, drafter, policy),
             settle=Redecide() if exact and self.backend.numerics != "invariant" else keep,
         )
+
+    def _check_memory(self, request: Request, drafter: Drafter, policy: Policy) -> int:
+        """Bytes of keys and values that the text may come to need; 0 where nobody set a budget."""
+        if self.memory_budget is None:
+            return 0
+        plan = policy.start().plan()
+        length = min(request.max_length + plan.num_nodes, self.backend.capabilities.context)
+        target, draft = self.backend.bytes_for(length), drafter.bytes_for(length)
+        if target + draft > self.memory_budget:
+            raise MemoryBudgetError(
+                f"{request.max_length} tokens (the prompt has {len(request.prompt)}) need {target:,} bytes of keys and "
+                f"values in the target and {draft:,} in the {drafter.name} drafter; the memory budget is "
+                f"{self.memory_budget:,}. Lower max_new_tokens, shorten the prompt, use a drafter without a model, or "
+                "raise memory_budget"
+            )
+        self.prefixes.make_room(self.memory_budget - target - draft)
+        return target + draft
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """Chunks of text, tokens and origins, one per round; options as for `generate`, checked at once."""
         return Stream(self.prepare(prompt, **options))
 
-    def generate(self, prompt: Prompt, **options: Any) -> Generation:
-        """Decode speculatively.
+    def batch(self, max_rows: int = MAX_ROWS, **options: Any) -> Batch:
+        """Continuous batching: `submit` prompts at any time, `step` turn by turn; `options` are each text's defaults.
+
+        At most `max_rows` texts run at once; the others wait their turn.
+        """
+        return Batch(self, max_rows, **options)
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Prompts, **options: Any) -> list[Generation]: ...
+
+    def generate(self, prompt: Prompt | Prompts, **options: Any) -> Generation | list[Generation]:
+        """Decode speculatively: one prompt, or a list of prompts together (a list of whole numbers is one prompt).
 
         max_new_tokens (128): exactly as many unless an end is met. temperature (0: greedy), top_k, top_p, min_p,
         repetition_penalty, processors (`transformers` LogitsProcessors), seed: see `Sampling`. stop: a string or
         several; eos_token_id: ids (the model's own by default). logprobs: of the emitted tokens, before filters.
         exact: in half precision, re-decide doubtful positions as plain decoding would; that costs about a plain run
-        more (docs/numerics.md). strict: raise when the drafter fails.
+        more (docs/numerics.md). strict: raise when the drafter fails. reuse_prefix (True): earlier prompts that begin
+        alike save their part of the prefill.
+
+        Several prompts: the same options for all, but `seed` may be a list of one for each; `max_rows` (32) decode at
+        once. Each text is the one that its prompt gets alone. When one fails, the others are finished, and its error is
+        raised with what there is of all in its `generations`.
 
         Lossless: yes, unless a lossy verifier was allowed. Errors: `InputError` before work starts;
         `NonFiniteLogitsError` with the tokens so far when the target's logits are NaN or infinite.
         """
-        return self.stream(prompt, **options).finish()
+        return self._together(prompt, options) if _is_several(prompt) else self.stream(prompt, **options).finish()  # type: ignore[arg-type]
 
-    def generate_plain(self, prompt: Prompt, **options: Any) -> Generation:
+    def _together(self, prompts: Any, options: dict[str, Any]) -> list[Generation]:
+        """A list of prompts, in one batch."""
+        options = dict(options)
+        batch = self.batch(options.pop("max_rows", MAX_ROWS))
+        seeds = options.pop("seed", 0)
+        if isinstance(seeds, int):
+            seeds = [seeds] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise InputError(f"seed is one number, or one for each prompt: {len(seeds)} for {len(prompts)} prompts")
+        tickets = []
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            try:
+                tickets.append(batch.submit(prompt, seed=seed, **options))
+            except InputError as error:
+                error.args = (f"prompt {i} of {len(prompts)}: {error}",)
+                raise
+        batch.drain()
+        for failed in tickets:
+            if failed.error is not None:
+                if isinstance(failed.error, SpecdecError):
+                    failed.error.generations = [ticket.generation for ticket in tickets]
+                raise failed.error
+        return [ticket.generation for ticket in tickets]
+
+    @overload
+    def generate_plain(self, prompt: Prompt, **options: Any) -> Generation: ...
+
+    @overload
+    def generate_plain(self, prompt: Prompts, **options: Any) -> list[Generation]: ...
+
+    def generate_plain(self, prompt: Prompt | Prompts, **options: Any) -> Generation | list[Generation]:
         """The same loop with the empty proposal: one token per target step. Same options, same seed, same tokens."""
         plain = {
             "drafter": registry.create("drafter", "none"),
             "verifier": registry.create("verifier", "coupled"),
             "policy": registry.create("policy", "fixed"),
         }
-        return self.stream(prompt, **{**options, **plain}).finish()
+        return self.generate(prompt, **{**options, **plain})  # type: ignore[arg-type]
+
+
+def _is_several(prompt: Any) -> bool:
+    """Whether this is a list of prompts: strings, tensors, or lists. Chat messages are mappings, token ids numbers."""
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    return isinstance(prompt[0], (str, list, tuple)) or (isinstance(prompt[0], torch.Tensor) and prompt[0].ndim > 0)
 
 
 def fitting_verifiers(drafter: Drafter, policy: Policy) -> list[str]:
@@ -240,6 +336,8 @@ def load(
     backend: str | None = None,
     numerics: str | None = None,
     allow_lossy: bool = False,
+    prefix_cache: int | None = None,
+    memory_budget: int | None = None,
     trust_remote_code: bool = False,
     drafter_options: Mapping[str, Any] | None = None,
     **model_options: Any,
@@ -273,4 +371,6 @@ def load(
         backend=backend,
         numerics=numerics,
         allow_lossy=allow_lossy,
+        prefix_cache=prefix_cache,
+        memory_budget=memory_budget,
     )

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specdec.generation import Generation
 
 
 class SpecdecError(Exception):
-    """Base of all errors raised by specdec."""
+    """Base of all errors raised by specdec.
+
+    `generations`: when several prompts were given and one failed, what there is of each text, in order.
+    """
+
+    generations: Sequence[Generation] = ()
 
 
 class InputError(SpecdecError, ValueError):
@@ -23,6 +32,10 @@ class IncompatiblePairError(InputError):
 
 class UnsupportedModelError(InputError):
     """The model's cache cannot be rewound, or its weights cannot be read safely."""
+
+
+class MemoryBudgetError(InputError):
+    """The caches of a text do not fit into the memory budget."""
 
 
 class DrafterError(SpecdecError, RuntimeError):

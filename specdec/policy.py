@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import accumulate
+from operator import mul
+from typing import TYPE_CHECKING, Protocol
 
 from specdec.costs import cost_at
 from specdec.errors import InputError
+
+if TYPE_CHECKING:
+    from specdec.load import Load
 
 MAX_DEPTH = 64
 
@@ -34,6 +39,12 @@ class Plan:
 
     def children(self, depth: int) -> int:
         return self.branching[depth] if depth < len(self.branching) else 1
+
+    @property
+    def num_nodes(self) -> int:
+        """Of the largest tree within this plan."""
+        counts = list(accumulate((self.children(depth) for depth in range(self.depth)), mul))
+        return sum(counts)
 
     def limited(self, depth: int) -> Plan:
         return self if self.depth <= depth else Plan(max(0, depth), self.branching[: max(0, depth)], self.stop_below)
@@ -62,6 +73,10 @@ class PolicyRun(ABC):
 
     def observe(self, facts: RoundFacts) -> None:
         """Learn from a finished round; most policies have nothing to learn."""
+        return None
+
+    def join(self, load: Load) -> None:
+        """The text decodes in a batch, whose steps cost what `load` measures; most policies do not look at costs."""
         return None
 
 
@@ -196,6 +211,15 @@ class ThroughputRun(PolicyRun):
     other: _Average = field(default_factory=lambda: _Average(16))
     rounds: int = 0
     since_probe: int = 0
+    load: Load | None = None  # of the batch, where there is one
+
+    def join(self, load: Load) -> None:
+        self.load = load
+        load.join(self)
+
+    def survival(self) -> list[float]:
+        """P(accepted at each depth and all before it)."""
+        return list(accumulate(self.acceptance(), mul))
 
     def acceptance(self) -> list[float]:
         """P(accepted at each depth | reached it), from evaluated positions only, pulled to the depth before."""
@@ -220,6 +244,10 @@ class ThroughputRun(PolicyRun):
         return rates
 
     def plan(self) -> Plan:
+        if self.load is not None:
+            # All texts of a batch look deeper in the same turn: their draft steps are common ones.
+            deeper = 2 if self.load.turns % self.probe_every == self.probe_every - 1 else 0
+            return Plan(min(self.limit, self.load.depth(self, self.k) + deeper))
         if self.rounds < 3:
             # Measure first: a plain round in between tells what one row costs, without which k = 0 never looks good.
             return Plan(0 if self.rounds == 1 else self.k)
@@ -251,7 +279,8 @@ class Throughput(Policy):
     """Picks the k, 0 included, with the highest expected tokens per second, and probes now and then.
 
     Acceptance by position comes from evaluated positions only; draft, verify and overhead costs are this session's
-    own, measured as it runs. (Goodput: Liu et al., arXiv 2406.14066.) Since it follows the clock, rounds differ
+    own, measured as it runs; in a batch, the common ones (`specdec.load`): verification costs more as the batch grows,
+    until nothing is drafted. (Goodput: Liu et al., arXiv 2406.14066.) Since it follows the clock, rounds differ
     between runs; texts do not under a verifier that keeps the seed.
     """
 
