@@ -21,7 +21,8 @@ COUNTED_LINKS = 48
 class SuffixAutomaton:
     """Blumer et al.'s online automaton: every state is a set of substrings that end at the same places.
 
-    Appending costs amortised O(1) and at most `COUNTED_LINKS` counter updates. State 0 is the empty string.
+    Appending costs amortised O(1) and at most `COUNTED_LINKS` counter updates of either kind; a proposal looks at one
+    continuation per token. State 0 is the empty string.
     """
 
     def __init__(self) -> None:
@@ -29,27 +30,30 @@ class SuffixAutomaton:
         self.link = [-1]
         self.length = [0]
         self.count = [0]
+        self.ways = [0]  # occurrences of all continuations together
+        self.best: list[int | None] = [None]  # the token of the most frequent one; of equal ones the first to get there
         self.last = 0
 
-    def _state(self, length: int, link: int, transitions: dict[int, int], count: int) -> int:
-        self.next.append(transitions)
+    def _state(self, length: int, link: int, like: int | None = None) -> int:
+        """A new state, with the continuations and the count of the state that it is `like`."""
+        self.next.append({} if like is None else dict(self.next[like]))
+        self.ways.append(0 if like is None else self.ways[like])
+        self.best.append(None if like is None else self.best[like])
         self.link.append(link)
         self.length.append(length)
-        self.count.append(count)
+        self.count.append(0 if like is None else self.count[like])
         return len(self.next) - 1
 
     def append(self, token: int) -> None:
-        new = self._state(self.length[self.last] + 1, 0, {}, 0)
-        state = self.last
+        new = self._state(self.length[self.last] + 1, 0)
+        before = state = self.last
         while state >= 0 and token not in self.next[state]:
             self.next[state][token] = new
             state = self.link[state]
         if state >= 0:
             target = self.next[state][token]
             if self.length[target] != self.length[state] + 1:
-                clone = self._state(
-                    self.length[state] + 1, self.link[target], dict(self.next[target]), self.count[target]
-                )
+                clone = self._state(self.length[state] + 1, self.link[target], like=target)
                 while state >= 0 and self.next[state].get(token) == target:
                     self.next[state][token] = clone
                     state = self.link[state]
@@ -62,6 +66,18 @@ class SuffixAutomaton:
                 break
             self.count[new] += 1
             new = self.link[new]
+        # What was counted is the way on from the states that ended the text before.
+        for _ in range(COUNTED_LINKS):
+            if before < 0:
+                break
+            self.ways[before] += 1
+            best = self.best[before]
+            if best is None or self._followers(before, token) > self._followers(before, best):
+                self.best[before] = token
+            before = self.link[before]
+
+    def _followers(self, state: int, token: int) -> int:
+        return self.count[self.next[state][token]]
 
     def advance(self, state: int, matched: int, token: int) -> tuple[int, int]:
         """Move a cursor (state, matched length) over one token: follow it, from the longest suffix that has it."""
@@ -76,14 +92,12 @@ class SuffixAutomaton:
         """The most frequent way on, while its estimated probability stays at or above `floor`."""
         draft: list[int] = []
         probability = 1.0
-        while len(draft) < limit and self.next[state]:
-            token, following = max(self.next[state].items(), key=lambda item: self.count[item[1]])
-            seen = sum(self.count[s] for s in self.next[state].values())
-            probability *= self.count[following] / max(seen, 1)
+        while len(draft) < limit and (token := self.best[state]) is not None:
+            probability *= min(1.0, self._followers(state, token) / max(self.ways[state], 1))
             if probability < floor:
                 break
             draft.append(token)
-            state = following
+            state = self.next[state][token]
         return draft
 
 

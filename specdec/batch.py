@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from specdec.decoder import Task, decode
 from specdec.errors import InputError
 from specdec.generation import Generation
-from specdec.load import Joined, Load
+from specdec.goodput import Joined, Load
 from specdec.runtime.backend import StepResult
 from specdec.runtime.session import Call
 from specdec.text import Chunk

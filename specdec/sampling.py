@@ -17,7 +17,6 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -25,6 +24,7 @@ from transformers import (
 
 from specdec.chance import Chance, CounterChance, GreedyChance
 from specdec.errors import InputError
+from specdec.history import History
 from specdec.tree import TokenTree
 
 # Below this, division would overflow; the limit is a one-hot row all the same.
@@ -70,10 +70,7 @@ class Sampling:
 
     @cached_property
     def _by_prefix(self) -> LogitsProcessorList:
-        items = list(self.processors)
-        if self.repetition_penalty != 1.0:
-            items.insert(0, RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        return LogitsProcessorList(items)
+        return LogitsProcessorList(self.processors)
 
     @cached_property
     def _warpers(self) -> LogitsProcessorList:
@@ -89,29 +86,50 @@ class Sampling:
                 items.append(MinPLogitsWarper(self.min_p))
         return LogitsProcessorList(items)
 
-    @property
-    def needs_prefix(self) -> bool:
-        return len(self._by_prefix) > 0
-
     def scores(self, logits: Tensor, prefix: Sequence[int], tree: TokenTree, nodes: Sequence[int]) -> Tensor:
         """Processed logits for `nodes` of the tree (-1 = root), float32 (float64 stays); `[len(nodes), V]`.
 
-        `prefix` ends with the root token.
+        `prefix` ends with the root token. Work for it is O(its growth) when it is a `History`, as a session's tokens
+        are; processors other than the repetition penalty are given all of it, and spend on it what they spend.
         """
         scores = logits if logits.dtype == torch.float64 else logits.float()
-        if self.needs_prefix:
-            scores = scores.clone()
-            base = torch.tensor(list(prefix), dtype=torch.int64, device=logits.device)
-            by_depth: dict[int, list[int]] = defaultdict(list)
-            for row, node in enumerate(nodes):
-                by_depth[0 if node < 0 else tree.depths[node]].append(row)
-            tokens = tree.tokens.to(logits.device)
-            for rows in by_depth.values():  # rows of one depth have prefixes of one length
-                ids = torch.stack([torch.cat((base, tokens[list(tree.path(nodes[row]))])) for row in rows])
-                scores[rows] = self._by_prefix(ids, scores[rows]).to(scores.dtype)
+        if self.repetition_penalty != 1.0 or self.processors:
+            history = prefix if isinstance(prefix, History) else History(prefix)
+            if self.repetition_penalty != 1.0:
+                scores = self._penalized(scores, history, tree, nodes)
+            if self.processors:
+                scores = self._processed(scores, history, tree, nodes)
         empty = torch.empty((scores.shape[0], 0), dtype=torch.int64, device=logits.device)
         warped: Tensor = self._warpers(empty, scores)
         return warped
+
+    def _penalized(self, scores: Tensor, history: History, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
+        """Scores of tokens that stand before a row, divided by the penalty where positive, else multiplied by it.
+
+        (Keskar et al., arXiv 1909.05858, as `transformers` has it.)
+        """
+        seen_V = history.seen(scores.shape[-1], scores.device)
+        seen_NV = seen_V.expand_as(scores)
+        paths = [(row, on) for row, node in enumerate(nodes) for on in tree.path(node)]
+        if paths:
+            rows, path = torch.tensor(paths, device=scores.device).T
+            seen_NV = seen_NV.clone()
+            seen_NV[rows, tree.tokens.to(scores.device)[path]] = True
+        penalty = self.repetition_penalty
+        return torch.where(seen_NV, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+    def _processed(self, scores: Tensor, history: History, tree: TokenTree, nodes: Sequence[int]) -> Tensor:
+        scores = scores.clone()
+        tokens = tree.tokens.to(scores.device)
+        by_depth: dict[int, list[int]] = defaultdict(list)
+        for row, node in enumerate(nodes):
+            by_depth[0 if node < 0 else tree.depths[node]].append(row)
+        for rows in by_depth.values():  # rows of one depth have prefixes of one length
+            prefixes = [history.followed_by(tokens[list(tree.path(nodes[row]))]) for row in rows[:1]]
+            prefixes += [torch.cat((prefixes[0][: len(history)], tokens[list(tree.path(nodes[r]))])) for r in rows[1:]]
+            ids = prefixes[0][None] if len(prefixes) == 1 else torch.stack(prefixes)
+            scores[rows] = self._by_prefix(ids, scores[rows]).to(scores.dtype)
+        return scores
 
     def probabilities(
         self, logits: Tensor, prefix: Sequence[int], tree: TokenTree, nodes: Sequence[int] | None = None

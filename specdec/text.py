@@ -60,7 +60,6 @@ class Ending:
     stop: tuple[str, ...] = ()
     tokens: list[int] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
-    text: str = ""
     reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +69,12 @@ class Ending:
             raise InputError("a stop string is empty")
         self._detokenizer = Detokenizer(self.tokenizer, self.request.prompt)
         self._held = ""
+        self._pieces: list[str] = []
         self._check_room()
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
 
     @property
     def room(self) -> int:
@@ -95,7 +99,7 @@ class Ending:
             keep = max((n for s in self.stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
             cut = len(self._held) - keep
             shown, self._held = self._held[:cut], self._held[cut:]
-        self.text += shown
+        self._pieces.append(shown)
         return shown
 
     def cut(self, outcome: Outcome, drafter: str, logprobs: Sequence[float] | None = None) -> Chunk:

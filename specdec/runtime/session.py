@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InputError
+from specdec.history import History
 from specdec.runtime.backend import Backend, Step, StepResult
 from specdec.tree import TokenTree, structure
 
@@ -123,7 +124,7 @@ class Session:
 
     def __init__(self, backend: Backend):
         self.backend = backend
-        self.tokens: list[int] = []
+        self.tokens = History()
         self.num_cached = 0  # leading tokens whose keys and values stand in the cache
         self.tree = TokenTree.empty()  # nodes computed since the last commit
         self.num_reused = 0  # leading tokens whose keys and values came from another prompt
@@ -238,7 +239,7 @@ class Session:
         """Forget everything after the first `length` tokens. O(1): an index moves."""
         if not 0 <= length <= len(self.tokens):
             raise InputError(f"cannot rewind to {length}: the session holds {len(self.tokens)} tokens")
-        del self.tokens[length:]
+        self.tokens.truncate(length)
         self.drop_tree()
 
     def adopt(self, backend: Backend, length: int) -> None:
@@ -250,6 +251,6 @@ class Session:
     def fork(self) -> Session:
         """An independent session with the same committed tokens and a copy of their keys and values."""
         twin = Session(self.backend.fork(self.num_cached))
-        twin.tokens = list(self.tokens)
+        twin.tokens = History(self.tokens)
         twin.num_cached = self.num_cached
         return twin
