@@ -1,18 +1,20 @@
 """llama.cpp's command-line tools as a peer: the pair as GGUF files, the tools' own timing lines parsed.
 
-A tool's process also loads the model; what counts is the time of prompt and text by its own clock.
+A tool's process also loads the model; what counts is the time of prompt and text by its own clock. Plain text is timed
+by llama-bench, which samples nothing; its ids come from one more, untimed run.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from specdec.bench.rows import PLAIN, SPECULATIVE, Made, Method
 from specdec.bench.synthetic import Pair, piece
@@ -22,29 +24,35 @@ if TYPE_CHECKING:
     from specdec.bench.peers import Setting
 
 ENGINE = "llama.cpp"
-TOOLS = ("llama-completion", "llama-speculative-simple")
+BENCH, COMPLETION, SPECULATION = TOOLS = "llama-bench", "llama-completion", "llama-speculative-simple"
 _TIMEOUT = 600.0
+# The tools write through a thread that the end of the process may overtake: output can lack its last lines.
+_TRIES = 8
 _NUMBER = r"([0-9.]+)"
 _PIECE = re.compile(r"<t([0-9]{5})>")
 _ENCODED = re.compile(rf"encoded\s+(\d+) tokens in\s+{_NUMBER} seconds")
 _DECODED = re.compile(rf"decoded\s+(\d+) tokens in\s+{_NUMBER} seconds")
 _ACCEPTED = re.compile(r"n_accept\s*=\s*(\d+)")
-_PROMPT = re.compile(rf"prompt eval time\s*=\s*{_NUMBER} ms")
-_EVAL = re.compile(rf"(?<!prompt )eval time\s*=\s*{_NUMBER} ms /\s*(\d+) runs")
+
+T = TypeVar("T")
 
 
 class PeerError(SpecdecError, RuntimeError):
     """A peer's tool failed, or printed something else than what is known of it."""
 
 
+class _Incomplete(PeerError):
+    """The output lacks something that another run may well print."""
+
+
 @dataclass(frozen=True)
 class Printed:
-    """A tool's own figures. `num_tokens` new ones; `num_accepted` of them drafted."""
+    """`llama-speculative-simple`'s own figures. `num_tokens` new ones; `num_accepted` of them drafted."""
 
     prompt_seconds: float
     text_seconds: float
     num_tokens: int
-    num_accepted: int = 0
+    num_accepted: int
 
 
 def check(folder: str) -> None:
@@ -65,29 +73,39 @@ def _tool(folder: Path, name: str) -> Path | None:
     return found[0] if found else None
 
 
-def parse_plain(text: str) -> Printed:
-    """`llama-completion`'s performance lines. Raises `PeerError` when they are not there."""
-    prompt, text_line = _PROMPT.search(text), _EVAL.search(text)
-    if prompt is None or text_line is None:
-        raise PeerError(f"llama-completion printed no timing lines; the end of its output: {text[-300:]!r}")
-    # The first new token comes out of the prompt's evaluation, so a text of n tokens has n - 1 runs.
-    return Printed(float(prompt[1]) / 1e3, float(text_line[1]) / 1e3, int(text_line[2]) + 1)
+def parse_bench(text: str) -> float:
+    """Seconds of `llama-bench -pg PROMPT,TEXT -r 1 -o json`. Raises `PeerError` when that is not what it is."""
+    try:
+        (test,) = json.loads(text[text.index("[") : text.rindex("]") + 1])
+        return float(test["avg_ns"]) / 1e9
+    except (ValueError, KeyError, TypeError) as error:
+        raise _Incomplete(f"llama-bench printed no timing; the end of its output: {text[-300:]!r}") from error
 
 
 def parse_speculative(text: str) -> Printed:
     """`llama-speculative-simple`'s lines. Raises `PeerError` when they are not there."""
     encoded, decoded, accepted = _ENCODED.search(text), _DECODED.search(text), _ACCEPTED.search(text)
     if encoded is None or decoded is None or accepted is None:
-        raise PeerError(f"llama-speculative-simple printed no timing lines; the end of its output: {text[-300:]!r}")
+        raise _Incomplete(f"llama-speculative-simple printed no timing lines; the end of its output: {text[-300:]!r}")
     return Printed(float(encoded[2]), float(decoded[2]), int(decoded[1]), int(accepted[1]))
 
 
-def parse_ids(text: str, prompt: Sequence[int]) -> list[int]:
-    """The new ids in a tool's output, which begins with the prompt. Raises `PeerError` when it does not."""
-    ids = [int(number) for number in _PIECE.findall(text)]
-    if ids[: len(prompt)] != list(prompt):
-        raise PeerError("llama.cpp's output does not begin with the prompt's pieces")
-    return ids[len(prompt) :]
+def parse_ids(text: str, prompt: Sequence[int], number: int) -> tuple[int, ...]:
+    """The first `number` new ids of a tool's output, which begins with the prompt. Raises `PeerError` for others."""
+    ids = [int(found) for found in _PIECE.findall(text)]
+    if ids[: len(prompt)] != list(prompt) or len(ids) < len(prompt) + number:
+        raise _Incomplete(f"llama.cpp printed {len(ids)} pieces, and not the prompt with {number} new ones behind it")
+    return tuple(ids[len(prompt) : len(prompt) + number])
+
+
+def _until_read(command: Sequence[str], read: Callable[[str, str], T]) -> T:
+    """Run a tool until its output is whole."""
+    for _ in range(_TRIES - 1):
+        try:
+            return read(*_call(command))
+        except _Incomplete:
+            continue
+    return read(*_call(command))
 
 
 def _call(command: Sequence[str]) -> tuple[str, str]:
@@ -115,29 +133,37 @@ def rows(pair: Pair, setting: Setting, folder: Path) -> list[Method]:
     tools = {name: str(_tool(folder, name)) for name in TOOLS}
     kind = str(setting.dtype).removeprefix("torch.")
 
+    length, plain_ids = setting.max_new_tokens, dict[tuple[int, ...], tuple[int, ...]]()
+
     def command(tool: str, prompt: Sequence[int]) -> list[str]:
-        text = "".join(map(piece, prompt))
-        length = 2 * (len(prompt) + setting.max_new_tokens)
-        common = ["-m", str(files["target"]), "-p", text, "-n", str(setting.max_new_tokens), "-c", str(length)]
+        text, room = "".join(map(piece, prompt)), 2 * (len(prompt) + length)
+        common = ["-m", str(files["target"]), "-p", text, "-n", str(length), "-c", str(room)]
         return [tools[tool], *common, "--temp", "0", "-t", str(setting.threads), "--ignore-eos"]
 
     def plain(prompt: Sequence[int]) -> Made:
-        out, err = _call([*command(TOOLS[0], prompt), "-no-cnv"])
-        printed = parse_plain(out + err)
-        tokens = parse_ids(out, prompt)
-        seconds = printed.prompt_seconds + printed.text_seconds
-        return Made(tuple(tokens), len(tokens), seconds, printed.prompt_seconds)
+        key = tuple(prompt)
+        if key not in plain_ids:
+            ask = [*command(COMPLETION, prompt), "-no-cnv"]
+            plain_ids[key] = _until_read(ask, lambda out, _: parse_ids(out, prompt, length))
+        test = ["-p", "0", "-n", "0", "-pg", f"{len(prompt)},{length}", "-r", "1", "-o", "json"]
+        run = [tools[BENCH], "-m", str(files["target"]), "-t", str(setting.threads), *test]
+        return Made(plain_ids[key], length, _until_read(run, lambda out, _: parse_bench(out)))
 
     def speculative(prompt: Sequence[int], k: int) -> Made:
         drafting = ["-md", str(files["draft"]), "-td", str(setting.threads), "--spec-type", "draft-simple"]
-        out, err = _call([*command(TOOLS[1], prompt), *drafting, "--spec-draft-n-max", str(k)])
-        printed = parse_speculative(out + err)
+        run = [*command(SPECULATION, prompt), *drafting, "--spec-draft-n-max", str(k)]
+        tokens, printed = _until_read(
+            run, lambda out, err: (parse_ids(out, prompt, length), parse_speculative(out + err))
+        )
         # It may go beyond the asked number within its last round; its time is for all of them.
-        per_token = printed.text_seconds / max(printed.num_tokens, 1)
-        tokens = parse_ids(out, prompt)[: setting.max_new_tokens]
-        seconds = printed.prompt_seconds + per_token * len(tokens)
-        steps = (printed.num_tokens - printed.num_accepted) * len(tokens) / max(printed.num_tokens, 1)
-        return Made(tuple(tokens), max(round(steps), 1), seconds, printed.prompt_seconds)
+        share = length / printed.num_tokens
+        steps = (printed.num_tokens - printed.num_accepted) * share
+        return Made(
+            tokens,
+            max(round(steps), 1),
+            printed.prompt_seconds + printed.text_seconds * share,
+            printed.prompt_seconds,
+        )
 
     made = [Method("llama.cpp", ENGINE, PLAIN, "llama.cpp", f"llama.cpp, {kind}", plain)]
     for k in setting.ks:

@@ -117,6 +117,7 @@ def build_graph(model: Any) -> Any:
     fixed = ["input_ids", "attention_mask", "position_ids"]
     for port, name in zip(graph.inputs, fixed + before, strict=True):
         port.get_tensor().set_names({name})
+        port.get_node().set_friendly_name(name)  # GenAI finds some inputs by this name
         if name in fixed:
             port.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
             port.get_node().set_element_type(ov.Type.i64)

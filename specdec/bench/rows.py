@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from specdec import registry
 from specdec.bench import baselines
-from specdec.errors import InputError, SpecdecError
+from specdec.errors import InputError
 from specdec.policy import Fixed, Policy
 from specdec.trace import Round
 
@@ -23,13 +23,17 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Made:
-    """What one timed call made. `seconds`: by the engine's own clock, where a call does more than make the text."""
+    """What one timed call made. `seconds`: by the engine's own clock, where a call does more than make the text.
+
+    `texts`: one by one, where several were made; `tokens` then holds them all.
+    """
 
     tokens: tuple[int, ...]
     steps: int = 0  # target forwards for these tokens; 0: not known
     seconds: float | None = None
     prefill_seconds: float = 0.0
     rounds: tuple[Round, ...] = ()
+    texts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def speculative_rows(
 def batch_row(
     decoder: SpeculativeDecoder, backend: str, prompts: Sequence[Sequence[int]], options: dict[str, Any]
 ) -> Method | Absent:
-    """Plain decoding of several prompts at once; `Absent` when this decoder takes one prompt at a time."""
+    """Plain decoding of several prompts at once, the timed ones first; `Absent` when the decoder takes one at a time."""
     name = f"{backend} plain batch {len(prompts)}"
     texts: Any = [list(prompt) for prompt in prompts]
     try:
@@ -118,11 +122,12 @@ def batch_row(
         if not isinstance(tried, (list, tuple)) or len(tried) != len(texts):
             return Absent(name, "this decoder does not return one text per prompt")
     except InputError as error:
-        return Absent(name, f"this decoder takes one prompt at a time: {error}")
+        return Absent(name, f"this decoder takes no lists of prompts ({str(error).split(';')[0]})")
 
     def run(_: Sequence[int]) -> Made:
         made: Any = decoder.generate_plain(texts, **options)
-        return Made(tuple(token for generation in made for token in generation.tokens))
+        each = tuple(tuple(generation.tokens) for generation in made)
+        return Made(tuple(token for text in each for token in text), texts=each)
 
     return Method(name, OURS, BATCH, f"{backend} plain", f"our loop, {len(texts)} prompts at once", run, backend)
 
@@ -176,11 +181,10 @@ def warm_up(
         say(f"warming up: {method.name}")
         try:
             made[method.name] = method.run(prompt)
-        except SpecdecError:
-            raise
-        except Exception as error:  # someone else's engine: the rest of the table is still worth having
+        except Exception as error:
             if method.engine == OURS:
                 raise
+            # Someone else's engine: the rest of the table is still worth having.
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             absent.append(Absent(method.name, first))
             continue

@@ -11,7 +11,7 @@ import torch
 
 from specdec.bench import bare
 from specdec.bench.machine import ReadProbe
-from specdec.bench.rows import PLAIN, SPECULATIVE, Absent, Made, Method
+from specdec.bench.rows import SPECULATIVE, Absent, Made, Method
 from specdec.bench.timing import MAX_OTHERS, Gate, Interval, bootstrap
 
 # Bare forwards of one slice: enough for a median, few enough that a disturbed slice is cheap to repeat.
@@ -117,9 +117,17 @@ class Bench:
         return sum(len(m.tokens) for m in made) / steps if steps else None
 
     def num_identical(self, name: str, other: str) -> int:
-        """Prompts of which every repetition gave the other row's first text."""
-        pairs = zip(self.samples[name], self.samples[other], strict=True)
-        return sum(all(s.made.tokens == its[0].made.tokens for s in mine) for mine, its in pairs)
+        """Prompts of which every repetition gave the other row's first text.
+
+        Of a batch every repetition holds all prompts; its other texts are not compared.
+        """
+        same = 0
+        for number, (mine, its) in enumerate(zip(self.samples[name], self.samples[other], strict=True)):
+            expected = its[0].made.tokens
+            made = [s.made for group in self.samples[name] for s in group] if mine[0].made.texts else []
+            texts = [m.texts[number] for m in made] or [s.made.tokens for s in mine]
+            same += all(text == expected for text in texts)
+        return same
 
     def rounds(self, name: str) -> list[Any]:
         return [r for group in self.samples[name] for s in group for r in s.made.rounds]
@@ -162,12 +170,6 @@ class Bench:
         name = method.name
         clean, slices = self.num_clean(name)
         base = method.base if self.has(method.base) else None
-        per_prompt = {"plain_identical": None, "same_as_ours": None}
-        if base is not None and method.mode in (PLAIN, SPECULATIVE):
-            per_prompt = {
-                "plain_identical": self.num_identical(name, base),
-                "same_as_ours": self.num_identical(name, reference),
-            }
         return {
             "name": name,
             "engine": method.engine,
@@ -180,7 +182,8 @@ class Bench:
             "over_our_plain": self.speed(name, reference).as_dict(),
             "over_own_plain": self.speed(name, base).as_dict() if base else None,
             "tokens_per_step": self.tokens_per_step(name),
-            **per_prompt,
+            "plain_identical": self.num_identical(name, base) if base else None,
+            "same_as_ours": self.num_identical(name, reference),
             "ideal": self.ideal(name),
             "clean_slices": clean,
             "slices": slices,

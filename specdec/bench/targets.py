@@ -38,7 +38,7 @@ class Target:
     bound: float
     measure: Callable[[Report], Found]
     where: Callable[[Report], bool]
-    needs_run: str  # in words, when it was not measured
+    needs_run: str  # in words, shown where it was not measured
     at_most: bool = False
 
     @property
@@ -48,7 +48,7 @@ class Target:
     def judge(self, report: Report) -> Judged:
         found = self.measure(report) if self.where(report) else None
         if found is None:
-            return Judged(self.name, self.needs, None, f"needs {self.needs_run}", NOT_MEASURED)
+            return Judged(self.name, self.needs, None, self.needs_run, NOT_MEASURED)
         value, of = found
         met = value <= self.bound if self.at_most else value >= self.bound
         return Judged(self.name, self.needs, value, of, MET if met else NOT_MET)
@@ -164,34 +164,28 @@ def _on(preset: str, dtype: str | None = None, device: str = "cpu") -> Callable[
 BF16, FP32 = "bfloat16", "float32"
 _MAIN, _MAIN_FP32 = _on("134m", BF16), _on("134m", FP32)
 _GPU = _on("1b", BF16, "cuda")
-_RUN, _RUN_FP32 = "--preset 134m --dtype bf16", "--preset 134m --dtype fp32"
-_OPENVINO, _LLAMA = " --peer openvino", " --peer llama.cpp=DIR"
-_ON_GPU = "--preset 1b --dtype bf16 on a GPU"
+_RUN, _RUN_FP32 = "134m, bf16", "134m, fp32"
+_COMPILED, _OPENVINO, _LLAMA = ", compiled", ", openvino", ", llama.cpp"
+_ON_GPU = "1b, bf16, a GPU"
 
 TARGETS: Sequence[Target] = (
-    Target("transformers assisted, its best", 1.75, over_assisted, _MAIN, _RUN),
-    Target("transformers generate", 2.0, over_generate, _MAIN, _RUN),
-    Target("our plain compiled loop", 1.35, over_own_plain, _MAIN, f"{_RUN} and the compiled backend"),
-    Target("… of that pair's ideal speed-up", WITHIN_IDEAL, of_ideal, _MAIN, f"{_RUN} and the compiled backend"),
-    Target(
-        "our plain compiled loop against transformers generate",
-        1.4,
-        plain_over_generate,
-        _MAIN,
-        f"{_RUN} and the compiled backend",
-    ),
+    Target("over transformers assisted at its best", 1.75, over_assisted, _MAIN, _RUN),
+    Target("over transformers generate", 2.0, over_generate, _MAIN, _RUN),
+    Target("over our plain compiled loop", 1.35, over_own_plain, _MAIN, _RUN + _COMPILED),
+    Target("… share of that pair's ideal", WITHIN_IDEAL, of_ideal, _MAIN, _RUN + _COMPILED),
+    Target("plain compiled over transformers generate", 1.4, plain_over_generate, _MAIN, _RUN + _COMPILED),
     Target("efficiency, 134m", 0.93, efficiency, _MAIN, _RUN),
-    Target("efficiency, embedded pair", 0.80, efficiency, _on("embedded"), "--preset embedded"),
-    Target("share of read bandwidth, plain bf16 step", 0.5, bandwidth_share, _MAIN, _RUN),
-    Target("OpenVINO GenAI with draft, bf16", 1.0, over_openvino, _MAIN, _RUN + _OPENVINO),
-    Target("OpenVINO GenAI with draft, fp32", 1.0, over_openvino, _MAIN_FP32, _RUN_FP32 + _OPENVINO),
-    Target("llama.cpp at its best, bf16", 1.0, over_llama_cpp, _MAIN, _RUN + _LLAMA),
-    Target("llama.cpp at its best, f32", 1.0, over_llama_cpp, _MAIN_FP32, _RUN_FP32 + _LLAMA),
+    Target("efficiency, embedded pair", 0.80, efficiency, _on("embedded"), "embedded"),
+    Target("share of read bandwidth, plain step", 0.5, bandwidth_share, _MAIN, _RUN),
+    Target("over OpenVINO with draft model, bf16", 1.0, over_openvino, _MAIN, _RUN + _OPENVINO),
+    Target("over OpenVINO with draft model, fp32", 1.0, over_openvino, _MAIN_FP32, _RUN_FP32 + _OPENVINO),
+    Target("over llama.cpp at its best, bf16", 1.0, over_llama_cpp, _MAIN, _RUN + _LLAMA),
+    Target("over llama.cpp at its best, f32", 1.0, over_llama_cpp, _MAIN_FP32, _RUN_FP32 + _LLAMA),
     Target("verify 8 ÷ decode 1, bf16", 1.25, verify_cost, _MAIN, _RUN, at_most=True),
     Target("verify 8 ÷ decode 1, fp32", 1.3, verify_cost, _MAIN_FP32, _RUN_FP32, at_most=True),
-    Target("batch 8 against batch 1, tokens/s, plain", 4.0, batch, _MAIN, f"{_RUN} and a decoder that takes batches"),
-    Target("GPU: transformers assisted, its best", 4.0, over_assisted, _GPU, _ON_GPU),
-    Target("GPU: transformers static, compiled", 2.0, over_static, _GPU, _ON_GPU),
+    Target("batch 8 over batch 1, tokens/s, plain", 4.0, batch, _MAIN, f"{_RUN}, batches"),
+    Target("GPU: over transformers assisted at its best", 4.0, over_assisted, _GPU, _ON_GPU),
+    Target("GPU: over transformers static, compiled", 2.0, over_static, _GPU, _ON_GPU),
     Target("GPU: share of memory bandwidth, plain step", 0.75, bandwidth_share, _GPU, _ON_GPU),
     Target("GPU: overhead per round, µs", 60.0, overhead, _GPU, _ON_GPU, at_most=True),
 )

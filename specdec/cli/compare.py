@@ -66,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Progress]:
+def progress_bar(console: Console, title: str = "comparing") -> Iterator[Progress]:
     """A bar with the time left, on stderr, once the run has lasted a while."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -75,7 +75,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
     bar = Progress(
         *columns, TimeRemainingColumn(), TextColumn("left"), console=console, transient=True, auto_refresh=False
     )
-    task = bar.add_task("comparing", total=None)
+    task = bar.add_task(title, total=None)
     began, shown = time.monotonic(), False
 
     def update(done: int, total: int, what: str) -> None:
