@@ -114,7 +114,7 @@ def speculative_rows(
 def batch_row(
     decoder: SpeculativeDecoder, backend: str, prompts: Sequence[Sequence[int]], options: dict[str, Any]
 ) -> Method | Absent:
-    """Plain decoding of several prompts at once, the timed ones first; `Absent` when the decoder takes one at a time."""
+    """Plain decoding of several prompts at once, the timed ones first; `Absent` when only one is taken at a time."""
     name = f"{backend} plain batch {len(prompts)}"
     texts: Any = [list(prompt) for prompt in prompts]
     try:

@@ -105,7 +105,11 @@ def chosen_dtype(arguments: argparse.Namespace, preset: str | None) -> torch.dty
 
     name = arguments.dtype or "bf16"
     dtype = choose_dtype(_DTYPES.get(name, name), torch.device("cpu"))
-    return dtype if isinstance(dtype, torch.dtype) else None
+    if not isinstance(dtype, torch.dtype):
+        return None  # "auto": the checkpoint's own
+    if not dtype.is_floating_point:
+        raise InputError(f"--dtype {name}: weights are floating-point here; use bf16, fp32, fp16 or fp64")
+    return dtype
 
 
 def _positive(arguments: argparse.Namespace) -> None:
