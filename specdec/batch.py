@@ -171,7 +171,8 @@ class Batch:
         started = time.perf_counter()
         planning = {id(run) for run in self.load.runs}
         others = [row for row in self._rows if id(row.policy.run) not in planning and not row.is_prefilling]
-        self.load.new_turn(sum(row.task.trace.current.num_nodes + 1 for row in others))
+        last = [row.task.trace.current for row in others]
+        self.load.new_turn(sum(r.num_nodes + 1 for r in last), sum(r.num_emitted for r in last))
         self._admit()
         for row in self._rows:
             if row.call is None:
@@ -274,6 +275,8 @@ def _answers(rows: Sequence[_Row]) -> Iterator[tuple[_Row, StepResult | Exceptio
 
 def _forward(calls: Sequence[Call]) -> Sequence[StepResult | Exception]:
     try:
+        if len(calls) == 1:
+            return [calls[0].backend.forward(calls[0].step)]
         return type(calls[0].backend).forward_many([call.backend for call in calls], [call.step for call in calls])
     except Exception as error:
         if len(calls) == 1:

@@ -51,15 +51,19 @@ class Curve:
 
 
 def share_out(
-    survival: Sequence[Sequence[float]], base_rows: int, verify: Callable[[np.ndarray], np.ndarray], draft: float
+    survival: Sequence[Sequence[float]],
+    base_rows: int,
+    verify: Callable[[np.ndarray], np.ndarray],
+    draft: float,
+    other_tokens: int = 0,
 ) -> list[int]:
     """The draft length of each text that gives the batch the most tokens per second.
 
     `survival[i][d]`: the probability that text i accepts its drafted token at depth d and all before it (it falls with
-    d). `base_rows`: rows of the step when nothing is drafted. `verify`: seconds of a step by its rows, overhead
-    included. `draft`: seconds of one more draft step, in which every text can take part. For each number of draft
-    steps, tokens are taken in the order of their survival for as long as the rate rises: the best set of every size.
-    (Goodput: Liu et al., arXiv 2406.14066, here over unequal texts.)
+    d). `base_rows`: rows of the step when none of them drafts; `other_tokens`: what texts beside them emit. `verify`:
+    seconds of a step by its rows, overhead included. `draft`: seconds of one more draft step, in which every text can
+    take part. For each number of draft steps, tokens are taken in the order of their survival while the rate rises: the
+    best set of every size. (Goodput: Liu et al., arXiv 2406.14066, here over unequal texts.)
     """
     texts = len(survival)
     flat = [(-p, depth, text) for text, row in enumerate(survival) for depth, p in enumerate(row, 1)]
@@ -67,11 +71,12 @@ def share_out(
     gain_T = np.array([-entry[0] for entry in flat])
     depth_T = np.array([entry[1] for entry in flat], dtype=np.int64)
     text_T = np.array([entry[2] for entry in flat], dtype=np.int64)
-    best, chosen = texts / float(verify(np.array([base_rows]))[0]), text_T[:0]
+    sure = texts + other_tokens
+    best, chosen = sure / float(verify(np.array([base_rows]))[0]), text_T[:0]
     for limit in range(1, int(depth_T.max(initial=0)) + 1):
         within = depth_T <= limit
         gained = np.cumsum(gain_T[within])
-        rates = (texts + gained) / (verify(base_rows + np.arange(1, len(gained) + 1)) + limit * draft)
+        rates = (sure + gained) / (verify(base_rows + np.arange(1, len(gained) + 1)) + limit * draft)
         at = int(rates.argmax())
         if rates[at] > best:
             best, chosen = float(rates[at]), text_T[within][: at + 1]
@@ -87,7 +92,7 @@ class Load:
         self.overhead = Curve()  # what a turn costs besides forwards, by the number of texts
         self.turns = 0  # measured ones
         self.runs: list[ThroughputRun] = []  # those that plan together
-        self._other_rows = 0
+        self._other_rows = self._other_tokens = 0
         self._plan: dict[int, int] | None = None
 
     def join(self, run: ThroughputRun) -> None:
@@ -99,9 +104,9 @@ class Load:
             self.runs.remove(run)
             self._plan = None
 
-    def new_turn(self, other_rows: int) -> None:
-        """A turn begins; texts that do not plan together had `other_rows` rows in the last one."""
-        self._plan, self._other_rows = None, other_rows
+    def new_turn(self, other_rows: int, other_tokens: int) -> None:
+        """A turn begins; in the last one, texts that do not plan together had so many rows and emitted so much."""
+        self._plan, self._other_rows, self._other_tokens = None, other_rows, other_tokens
 
     def observe(self, rows: int, verify: float, waves: Sequence[tuple[int, float]], overhead: float) -> None:
         """A turn is over: `rows` of its target step and its seconds, rows and seconds of each draft step."""
@@ -124,6 +129,7 @@ class Load:
                 texts + self._other_rows,
                 lambda rows: self.verify(rows) + overhead,
                 draft,
+                self._other_tokens,
             )
             self._plan = {id(other): depth for other, depth in zip(self.runs, depths, strict=True)}
         return self._plan[id(run)]
