@@ -139,6 +139,9 @@ class ModelDrafter(ModelRunner):
         state.session.commit(outcome.path, self._known(outcome.tokens))
         return state
 
+    def warmup(self) -> None:
+        self._backend.warmup()
+
     def sessions(self, state: ModelState) -> Sequence[Session]:
         # A text that is longer than the draft's context is never drafted for.
         return (state.session,) if len(state.session.tokens) <= state.session.context else ()

@@ -16,10 +16,10 @@ from specdec.errors import IncompatiblePairError, InputError, MemoryBudgetError,
 from specdec.exact import Redecide, keep
 from specdec.generation import Generation, Stream
 from specdec.guard import GuardedDrafter
-from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafter
+from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafter, stored_dtype
 from specdec.policy import Policy
 from specdec.proposal import Draw
-from specdec.runtime.choose import open_backend
+from specdec.runtime.choose import fastest_dtype, open_backend
 from specdec.runtime.prefix import PrefixCache, default_bytes
 from specdec.runtime.session import Session
 from specdec.sampling import Sampling
@@ -67,6 +67,7 @@ class SpeculativeDecoder:
         memory_budget: int | None = None,
     ):
         self.target = target
+        self.dtype_reason: str | None = None  # why dtype="auto" chose what it chose
         self.tokenizer = tokenizer
         self.backend = open_backend(target, backend, numerics)
         capabilities = self.backend.capabilities
@@ -99,6 +100,14 @@ class SpeculativeDecoder:
         if policy.branches and not drafter.trees:
             raise IncompatiblePairError(f"the {drafter.name} drafter proposes chains; policy {policy.name} wants trees")
         return draw
+
+    def warmup(self) -> None:
+        """Compile the steps of target and draft now instead of once it pays; later processes find them compiled.
+
+        Seconds to a minute or two, once per model shape and machine. A failure is one warning, and nothing is lost.
+        """
+        self.backend.warmup()
+        self.drafter.warmup()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A string, token ids, a 1-D tensor, or chat messages, as token ids."""
@@ -346,23 +355,26 @@ def load(
 
     `target`: hub id, local folder or loaded model; None is the embedded pair's target. `drafter`: a plugin's name
     (`model`, `ngram`, …), hub id, folder, loaded model, `Drafter`, or None for plain decoding. `dtype`: None is float32
-    on CPU and the checkpoint's own elsewhere. `model_options` go to `from_pretrained` (`device_map`,
+    on CPU and the checkpoint's own elsewhere; "auto" is the faster of the two here, by a short measurement whose
+    outcome is in `decoder.dtype_reason`.`backend`, `numerics`: see `open_backend`. `model_options` go to `from_pretrained` (`device_map`,
     `quantization_config`, …). Remote code runs only with trust_remote_code=True; weights are read from safetensors.
 
     Lossless: yes, unless allow_lossy=True admits a lossy verifier.
     """
-    source = None
+    source, reason = None, None
     if target is None:
         target = EMBEDDED / "target"
     if not isinstance(target, torch.nn.Module):
         source = str(target)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+        if dtype == "auto":
+            dtype, reason = fastest_dtype(stored_dtype(source, trust_remote_code), device)
         target = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **model_options)
     context = BuildContext(
-        target, tokenizer, source, device if device is not None else target.device, dtype or target.dtype
+        target, tokenizer, source, device if device is not None else target.device, target.dtype, backend
     )
     drafter = resolve_drafter(drafter, context, **dict(drafter_options or {}))
-    return SpeculativeDecoder(
+    decoder = SpeculativeDecoder(
         target,
         tokenizer=tokenizer,
         drafter=drafter,
@@ -374,3 +386,5 @@ def load(
         prefix_cache=prefix_cache,
         memory_budget=memory_budget,
     )
+    decoder.dtype_reason = reason
+    return decoder

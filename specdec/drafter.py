@@ -98,6 +98,10 @@ class Drafter(ABC):
     def observe(self, state: Any, outcome: Outcome) -> Any:
         """The state after a round."""
 
+    def warmup(self) -> None:
+        """Do now what would otherwise be done once it pays, such as compiling a draft model's step."""
+        return None
+
     def sessions(self, state: Any) -> Sequence[Session]:
         """Sessions held by the state. The loop prefills those of a new state, from an earlier prompt where it can."""
         return ()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from specdec import registry
 from specdec.drafter import BuildContext, Drafter
@@ -34,6 +34,15 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> str |
             raise InputError(f"no dtype is called {dtype!r}; try 'float32', 'bfloat16' or 'float16'")
         return found
     return dtype
+
+
+def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.dtype:
+    """The dtype that a checkpoint names in its configuration; float32 when it names none."""
+    try:
+        named = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code).dtype
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"cannot load a model from {source}: {str(error).splitlines()[0]}") from error
+    return named if isinstance(named, torch.dtype) else torch.float32
 
 
 def load_model(

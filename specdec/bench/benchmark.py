@@ -80,16 +80,16 @@ class _Gathered:
 
 def _drafter(name: str, subject: Subject, backend: str) -> Any:
     if name != MODEL:
-        return resolve_drafter(name, BuildContext(subject.target, subject.tokenizer))
+        return resolve_drafter(name, BuildContext(subject.target, subject.tokenizer, backend=backend))
     if subject.draft is None:
         raise InputError("the model drafter needs a draft model: name one with --drafter FOLDER_OR_HUB_ID")
     return registry.find("drafter", MODEL)(subject.draft, backend=backend)
 
 
 def _warm(decoder: SpeculativeDecoder, say: Callable[[str], None], backend: str) -> None:
-    """Compile now what would be compiled when it pays; a decoder without `warmup` has its target's backend do so."""
+    """Compile now what would be compiled when it pays."""
     say(f"preparing: {backend} backend")
-    getattr(decoder, "warmup", decoder.backend.warmup)()
+    decoder.warmup()
 
 
 def _our_rows(subject: Subject, settings: Settings, say: Callable[[str], None]) -> _Gathered:
@@ -180,6 +180,10 @@ def benchmark(
         )
         bench.absent = [*absent, *failed]
         report = make_report(bench, subject, settings, gathered.main)
+        report["backends"] = {
+            name: {"describes": decoder.backend.describes, "numerics": decoder.backend.numerics}
+            for name, decoder in gathered.decoders.items()
+        }
         if settings.profile:
             report["profile"] = [profile(bench, name, subject.prompts[0]) for name in _profiled(bench, gathered.main)]
     report["targets"] = [line.as_dict() for line in targets.judge([report])]
@@ -219,7 +223,7 @@ def machine(bench: Bench, subject: Subject) -> dict[str, Any]:
 
 
 def make_report(bench: Bench, subject: Subject, settings: Settings, main: str) -> dict[str, Any]:
-    """Everything but the targets, which are judged on it."""
+    """What the timings say; the targets are judged on it."""
     draft, pair = subject.draft, subject.pair
     return {
         "preset": subject.name,

@@ -113,6 +113,9 @@ def _describe(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> dic
         "policy": decoder.policy.name,
         "device": screen.device_name(capabilities.device),
         "dtype": screen.short_dtype(capabilities.dtype),
+        "backend": decoder.backend.describes,
+        "numerics": decoder.backend.numerics,
+        "dtype_reason": decoder.dtype_reason,
         "versions": screen.versions(),
         "options": options.generation_options(arguments),
     }
@@ -127,10 +130,12 @@ def run(arguments: argparse.Namespace) -> int:
     from specdec.cli.report import show
 
     prompts = read_prompts(arguments.prompts, arguments.limit)
-    decoder = options.build_decoder(arguments)
+    # Every run computes its prompt, as the baselines do.
+    decoder = options.build_decoder(arguments, prefix_cache=0)
     texts = options.generation_options(arguments)
     others = [b for name in dict.fromkeys(arguments.baseline) for b in baselines.build(name, decoder, texts)]
     out, err = screen.consoles()
+    screen.warm_up(decoder, err)
     with progress_bar(err) as progress:
         comparison = compare(
             decoder,

@@ -54,8 +54,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="an option of the drafter; repeatable",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16, … (default: float32 on CPU, else the checkpoint's)")
-    group.add_argument("--backend", default="eager", help="how a step runs (default: eager)")
+    group.add_argument(
+        "--dtype", help="float32, bfloat16, auto: the faster one (default: float32 on CPU, else the checkpoint's)"
+    )
+    group.add_argument("--backend", help="how a step runs: compiled, eager, … (default: compiled where it runs)")
+    group.add_argument(
+        "--numerics",
+        choices=("invariant", "fast"),
+        help="invariant: a row's bits do not depend on the rows beside it (default where the native kernels run)",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice; 1 for the embedded pair)"
@@ -136,8 +143,11 @@ def _check_folder(name: str | None, option: str) -> None:
         raise InputError(f"{option} {name}: no such folder")
 
 
-def build_decoder(arguments: argparse.Namespace) -> SpeculativeDecoder:
-    """Loads the models. Raises `InputError` for whatever does not fit, before anything is decoded."""
+def build_decoder(arguments: argparse.Namespace, **more: Any) -> SpeculativeDecoder:
+    """Loads the models; `more` goes to `specdec.load`.
+
+    Raises `InputError` for whatever does not fit, before anything is decoded.
+    """
     import torch
 
     import specdec
@@ -165,9 +175,11 @@ def build_decoder(arguments: argparse.Namespace) -> SpeculativeDecoder:
             device=checked_device(arguments.device),
             dtype=arguments.dtype,
             backend=arguments.backend,
+            numerics=arguments.numerics,
             allow_lossy=arguments.allow_lossy,
             trust_remote_code=arguments.trust_remote_code,
             drafter_options=drafter_options,
+            **more,
         )
     except TypeError as error:
         if not drafter_options:

@@ -78,7 +78,8 @@ def _head(console: Console, report: dict[str, Any]) -> None:
     grid.add_row("method", f"verifier {report['verifier']}, policy {report['policy']}")
     runs = f"{report['prompts']} prompts × {report['repetitions']}"
     grid.add_row("texts", f"{runs}, {sampling}, up to {options['max_new_tokens']} new tokens")
-    grid.add_row("where", f"{report['device']}, {report['dtype']}{threads}")
+    grid.add_row("where", f"{report['device']}, {report['dtype_reason'] or report['dtype']}{threads}")
+    grid.add_row("step", f"{report['backend']}; {report['numerics']} numerics")
     grid.add_row("versions", versions)
     console.print()
     console.print(grid)

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.errors import DrafterWarning, InputError
+from specdec.errors import BackendWarning, DrafterWarning, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +36,19 @@ def quiet(arguments: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    warnings.simplefilter("always", DrafterWarning)
+    for ours in (BackendWarning, DrafterWarning):
+        warnings.simplefilter("always", ours)
 
     def show(message: Warning | str, *_: Any) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show  # type: ignore[assignment]
+
+
+def warm_up(decoder: Any, console: Console) -> None:
+    """Compile the steps, with a moving line that says so: a minute or so, the first time on a machine."""
+    with console.status("preparing the steps (compiled once per model and machine, then kept)"):
+        decoder.warmup()
 
 
 def check_writable(path: str | None) -> None:

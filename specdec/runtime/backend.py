@@ -115,7 +115,7 @@ class Backend(ABC):
 
     @property
     def numerics(self) -> str:
-        """"invariant" when a row's bits do not depend on the rows beside it, else "fast"."""
+        """ "invariant" when a row's bits do not depend on the rows beside it, else "fast"."""
         return "fast"
 
     @property

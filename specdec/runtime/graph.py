@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -31,7 +30,10 @@ _FORMAT = 1
 
 
 def _tensors(model: NativeModel) -> dict[str, Tensor]:
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     return {name: tensor.detach() for name, tensor in named.items()}
 
 
@@ -81,8 +83,8 @@ def find(model: NativeModel) -> Graph | None:
     return Graph(path, model) if path.is_file() else None
 
 
-def compile(model: NativeModel, handle: Tensor) -> Graph:  # noqa: A001 (what it does)
-    """Compile, keep, and load. `handle` names a step of three rows, which tracing never runs. Raises what torch raises."""
+def compile(model: NativeModel, handle: Tensor) -> Graph:
+    """Compile, keep, and load. `handle` names any steps: tracing never runs them. Raises what torch raises."""
     target = folder() / f"{fingerprint(model)}.pt2"
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     some, few = torch.export.Dim("rows", min=1, max=MAX_ROWS), torch.export.Dim("kept", min=1, max=MAX_ROWS)

@@ -23,7 +23,15 @@ from specdec.runtime.cache import layer_types
 ATTENTION = "specdec"
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Keyword arguments of attention functions that change nothing here, or that the step's own data stand for.
-_IGNORED = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions", "cache_position"}
+_IGNORED = {
+    "dropout",
+    "is_causal",
+    "sliding_window",
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "cache_position",
+}
 
 
 class NativeLinear(nn.Module):

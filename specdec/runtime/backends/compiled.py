@@ -48,7 +48,7 @@ class _Shared:
         self.worker: Worker | None = None
         self.failure: str | None = None
         self.python_seconds = 0.0
-        # Bits differ between the model's own Python and the graph: only where tokens hardly notice may it change by itself.
+        # The graph's bits differ from those of the model's own Python: it comes by itself only where tokens hardly notice.
         self.may_switch = stock.capabilities.dtype in (torch.float32, torch.float64)
 
     def logits(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
@@ -59,18 +59,12 @@ class _Shared:
         self.python_seconds += time.perf_counter() - started
         return out
 
-    def with_hidden(
-        self, steps: Sequence[Step], tokens: Tensor, positions: Tensor, rows: Tensor
-    ) -> list[StepResult]:
+    def with_hidden(self, steps: Sequence[Step], tokens: Tensor, positions: Tensor, rows: Tensor) -> list[StepResult]:
         """Hidden states come from the model's own Python: the graph has none."""
-        out = self.native.run(
-            tokens[None], positions[None], rows, self.handle, output_hidden_states=True
-        )
+        out = self.native.run(tokens[None], positions[None], rows, self.handle, output_hidden_states=True)
         sizes = [step.num_logits for step in steps]
         hidden = [h[0].index_select(0, rows).split(sizes) for h in out.hidden_states]
-        return [
-            StepResult(logits, tuple(h[i] for h in hidden)) for i, logits in enumerate(out.logits[0].split(sizes))
-        ]
+        return [StepResult(logits, tuple(h[i] for h in hidden)) for i, logits in enumerate(out.logits[0].split(sizes))]
 
     def adopt(self) -> None:
         """Between texts: load what a worker has compiled meanwhile, or start one when it pays."""
@@ -142,7 +136,9 @@ class CompiledBackend(Backend):
         except UnsupportedModelError:
             raise
         except Exception as error:
-            raise UnsupportedModelError(f"{name} does not run on the native kernels: {error}; use backend='eager'") from error
+            raise UnsupportedModelError(
+                f"{name} does not run on the native kernels: {error}; use backend='eager'"
+            ) from error
         stock = self._shared.stock.fork(0).forward(step).logits.double()
         apart = float((mine - stock).abs().max() / stock.abs().max().clamp_min(1e-6))
         if not apart <= _TOLERANCE[self.capabilities.dtype]:
