@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 # What each runs; the last two are not part of the default.
 GROUPS: dict[str, list[str]] = {
     "134m-bf16": ["--preset", "134m", "--dtype", "bf16", "--prompts", "2", "--repetitions", "3", "--profile"],
-    "134m-fp32": ["--preset", "134m", "--dtype", "fp32", "--prompts", "1", "--repetitions", "3"],
+    "134m-fp32": ["--preset", "134m", "--dtype", "fp32", "--prompts", "1", "--repetitions", "3", "--k", "3,4,5"],
     "embedded": ["--preset", "embedded", "--prompts", "4", "--repetitions", "3", "--drafters", "model,ngram"],
     "350m-bf16": ["--preset", "350m", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
     "1b-bf16": ["--preset", "1b", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
@@ -66,12 +66,14 @@ def group_text(name: str, report: dict[str, Any]) -> str:
     agreement = report["agreement"]
     agrees = f"agreement {agreement:.2f}; " if agreement is not None else ""
     absent = "".join(f"\nNot measured: {row['name']}: {row['reason']}\n" for row in report["absent"])
+    backends = "; ".join(f"{key}: {b['describes']}, {b['numerics']} numerics" for key, b in report["backends"].items())
     return (
         f"## {name}\n\n"
         f"{report['date']}, {platform.machine()}, {report['device']}, {report['dtype']}, {report['threads']} threads; "
         f"{report['prompts']} prompts of {report['prompt_tokens'][0]} tokens × {report['repetitions']}, "
         f"{report['max_new_tokens']} new tokens; {agrees}clean timings "
         f"{report['clean_slices']} of {report['slices']}.\n"
+        f"Backends: {backends}.\n"
         f"Bare steps: {steps}.\n"
         f"Read bandwidth {machine['read_bytes_per_second'] / 1e9:.1f} GB/s ({machine['read_by']}); the "
         f"{machine['backend']} step reaches {machine['share']:.2f} of it.\n\n"

@@ -54,4 +54,4 @@ def streamed_bytes(model: Any, length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv = 2 * config.num_hidden_layers * heads * size * embedding.element_size() * length
-    return sum(seen.values()) + kv
+    return sum(seen.values()) + int(kv)

@@ -158,7 +158,12 @@ def _loaded(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
 
     drafter = "model" if arguments.target is None else arguments.drafter
     decoder = specdec.load(
-        arguments.target, drafter, device=device, dtype=dtype, trust_remote_code=arguments.trust_remote_code
+        arguments.target,
+        drafter,
+        device=device,
+        dtype=dtype,
+        backend="eager",  # the rows open their own
+        trust_remote_code=arguments.trust_remote_code,
     )
     if decoder.tokenizer is None:
         raise InputError(f"--target {arguments.target}: has no tokenizer to encode the prompts with")

@@ -34,6 +34,8 @@ def _head(console: Console, report: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     console.print(f"\n[bold]{escape(report['preset'])}[/] target {sizes['target']} parameters{draft}{agrees}")
     console.print(f"{escape(report['device'])}, {report['dtype']}, {threads}; {versions}")
+    for name, backend in report["backends"].items():
+        console.print(f"{name}: {escape(backend['describes'])}; {backend['numerics']} numerics")
     console.print(
         f"{report['prompts']} prompts of {prompt} tokens × {report['repetitions']}, "
         f"{report['max_new_tokens']} new tokens, greedy, batch 1; {report['date']}"
