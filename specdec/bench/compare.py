@@ -206,6 +206,9 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 def _methods(
     decoder: SpeculativeDecoder, options: Mapping[str, Any], baselines: Sequence[Baseline]
 ) -> dict[str, Callable[[Sequence[int]], tuple[list[int], Generation | None]]]:
+    # Every call prefills its prompt, as those that it is compared with do.
+    options = {**options, "reuse_prefix": False}
+
     def speculative(ids: Sequence[int]) -> tuple[list[int], Generation | None]:
         made = decoder.generate(ids, **options)
         return made.tokens, made
