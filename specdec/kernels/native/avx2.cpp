@@ -21,6 +21,7 @@ struct F32 {
     memcpy(lanes, p, n * sizeof(T));
     return load(lanes);
   }
+  static INLINE void pin(Op& a) { __asm__("" : "+x"(a)); }
   static INLINE void fma(Acc& acc, Op a, Op b) { acc = _mm256_fmadd_ps(a, b, acc); }
   // Lanes 8 -> 4 -> 2 -> 1, upper half onto lower half.
   template <int COUNT>
@@ -48,6 +49,7 @@ struct F64 {
     memcpy(lanes, p, n * sizeof(T));
     return load(lanes);
   }
+  static INLINE void pin(Op& a) { __asm__("" : "+x"(a)); }
   static INLINE void fma(Acc& acc, Op a, Op b) { acc = _mm256_fmadd_pd(a, b, acc); }
   template <int COUNT>
   static INLINE void reduce(const Acc* acc, A* out) {
@@ -80,6 +82,7 @@ struct B16 {
     memcpy(lanes, p, n * sizeof(T));
     return load(lanes);
   }
+  static INLINE void pin(Op& a) { __asm__("" : "+x"(a.even), "+x"(a.odd)); }
   static INLINE void fma(Acc& acc, const Op& a, const Op& b) {
     acc = _mm256_fmadd_ps(a.odd, b.odd, _mm256_fmadd_ps(a.even, b.even, acc));
   }

@@ -21,6 +21,7 @@ struct B16 {
   static INLINE Op load_some(const T* p, int n) {
     return split(_mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p));
   }
+  static INLINE void pin(Op& a) { __asm__("" : "+v"(a.even), "+v"(a.odd)); }
   static INLINE void fma(Acc& acc, const Op& a, const Op& b) {
     acc = _mm512_fmadd_ps(a.odd, b.odd, _mm512_fmadd_ps(a.even, b.even, acc));
   }

@@ -71,6 +71,7 @@ struct F32 {
   static INLINE Acc zero() { return _mm512_setzero_ps(); }
   static INLINE Op load(const T* p) { return _mm512_loadu_ps(p); }
   static INLINE Op load_some(const T* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+  static INLINE void pin(Op& a) { __asm__("" : "+v"(a)); }
   static INLINE void fma(Acc& acc, Op a, Op b) { acc = _mm512_fmadd_ps(a, b, acc); }
   template <int COUNT>
   static INLINE void reduce(const Acc* acc, A* out) {
@@ -100,6 +101,7 @@ struct F64 {
   static INLINE Acc zero() { return _mm512_setzero_pd(); }
   static INLINE Op load(const T* p) { return _mm512_loadu_pd(p); }
   static INLINE Op load_some(const T* p, int n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
+  static INLINE void pin(Op& a) { __asm__("" : "+v"(a)); }
   static INLINE void fma(Acc& acc, Op a, Op b) { acc = _mm512_fmadd_pd(a, b, acc); }
   template <int COUNT>
   static INLINE void reduce(const Acc* acc, A* out) {

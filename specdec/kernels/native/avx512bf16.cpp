@@ -13,6 +13,7 @@ struct B16 {
   static INLINE Acc zero() { return _mm512_setzero_ps(); }
   static INLINE Op load(const T* p) { return _mm512_loadu_si512(p); }
   static INLINE Op load_some(const T* p, int n) { return _mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p); }
+  static INLINE void pin(Op& a) { __asm__("" : "+v"(a)); }
   static INLINE void fma(Acc& acc, Op a, Op b) { acc = _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
   template <int COUNT>
   static INLINE void reduce(const Acc* acc, A* out) {

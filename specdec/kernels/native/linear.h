@@ -7,27 +7,37 @@
 #include "kernels.h"
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 using namespace specdec;
 
 // `V` (a "dot type") offers: T storage, A accumulator scalar, Acc and Op registers, STEP elements per Op, MR rows of x
-// in the largest tile, NR(mr) rows of weight beside them, and zero, load, load_some, fma, reduce.
+// in the largest tile, NR(mr) rows of weight beside them, and zero, load, load_some, pin, fma, reduce. `pin` keeps an operand in a register:
+// compilers would read it from memory again for each product, and loads are as scarce as products.
+//
+// dot_tile covers K inputs of MR x NR dot products; x is packed, vector by vector: first those of all rows at k = 0, then
+// at k = STEP, and so on, padded with zeros. `saved` carries the accumulators from one piece of K to the next;
+// the last piece gives `out`. Meanwhile the tile that follows, at `next`, is fetched into the second-level cache.
 template <class V, int MR, int NR>
-static INLINE void dot_tile(const typename V::T* x, int64_t ldx, const typename V::T* w, int64_t ldw, int64_t K,
-                            typename V::A* out) {
+static INLINE void dot_tile(const typename V::T* x, const typename V::T* w, int64_t ldw, const typename V::T* next,
+                            int64_t K, bool first, bool last, typename V::Acc* saved, typename V::A* out) {
   typename V::Acc acc[MR * NR];
 #pragma GCC unroll 64
-  for (int i = 0; i < MR * NR; i++) acc[i] = V::zero();
-  int64_t k = 0;
-  for (; k + V::STEP <= K; k += V::STEP) {
+  for (int i = 0; i < MR * NR; i++) acc[i] = first ? V::zero() : saved[i];
+  // Where loads are scarce, one of two neighbouring lines is asked for: the processor brings both.
+  const auto step = [&](int64_t k, int parity) INLINE_LAMBDA {
+#pragma GCC unroll 16
+    for (int j = 0; j < NR; j++)
+      if (NR <= 4 || j % 2 == parity) __builtin_prefetch(next + j * ldw + k, 0, 2);
     if constexpr (MR < NR) {  // the fewer operands stay in registers
       typename V::Op a[MR];
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; i++) a[i] = V::load(x + i * ldx + k);
+      for (int i = 0; i < MR; i++) a[i] = V::load(x + i * V::STEP);
 #pragma GCC unroll 16
       for (int j = 0; j < NR; j++) {
         typename V::Op b = V::load(w + j * ldw + k);
+        V::pin(b);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) V::fma(acc[i * NR + j], a[i], b);
       }
@@ -37,11 +47,27 @@ static INLINE void dot_tile(const typename V::T* x, int64_t ldx, const typename 
       for (int j = 0; j < NR; j++) b[j] = V::load(w + j * ldw + k);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; i++) {
-        typename V::Op a = V::load(x + i * ldx + k);
+        typename V::Op a = V::load(x + i * V::STEP);
+        V::pin(a);
 #pragma GCC unroll 16
         for (int j = 0; j < NR; j++) V::fma(acc[i * NR + j], a, b[j]);
       }
     }
+    x += MR * V::STEP;
+  };
+  int64_t k = 0;
+  for (; k + 2 * V::STEP <= K; k += 2 * V::STEP) {
+    step(k, 0);
+    step(k + V::STEP, 1);
+  }
+  if (k + V::STEP <= K) {
+    step(k, 0);
+    k += V::STEP;
+  }
+  if (!last) {
+#pragma GCC unroll 64
+    for (int i = 0; i < MR * NR; i++) saved[i] = acc[i];
+    return;
   }
   if (k < K) {
     typename V::Op b[NR];
@@ -49,7 +75,7 @@ static INLINE void dot_tile(const typename V::T* x, int64_t ldx, const typename 
     for (int j = 0; j < NR; j++) b[j] = V::load_some(w + j * ldw + k, int(K - k));
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
-      typename V::Op a = V::load_some(x + i * ldx + k, int(K - k));
+      typename V::Op a = V::load(x + i * V::STEP);
 #pragma GCC unroll 16
       for (int j = 0; j < NR; j++) V::fma(acc[i * NR + j], a, b[j]);
     }
@@ -57,14 +83,18 @@ static INLINE void dot_tile(const typename V::T* x, int64_t ldx, const typename 
   V::template reduce<MR * NR>(acc, out);
 }
 
-// Where the dot product of x row i and weight row j goes.
+// Where `count` dot products of x row i with the weight rows from j on go.
 template <class V>
 struct LinearSink {
   const typename V::T* bias;
   typename V::T* y;
   int64_t ldy;
-  INLINE void put(int64_t i, int64_t j, typename V::A dot) const {
-    round_to(bias ? dot + to_float(bias[j]) : dot, y + i * ldy + j);
+  INLINE void put(int64_t i, int64_t j, int64_t count, const typename V::A* dots) const {
+    typename V::T* to = y + i * ldy + j;
+    if (bias)
+      for (int64_t n = 0; n < count; n++) round_to(dots[n] + to_float(bias[j + n]), to + n);
+    else
+      for (int64_t n = 0; n < count; n++) round_to(dots[n], to + n);
   }
 };
 
@@ -72,16 +102,59 @@ template <class V>
 struct ScoreSink {
   typename V::A* scores;
   int64_t ld;
-  INLINE void put(int64_t i, int64_t j, typename V::A dot) const { scores[i * ld + j] = dot; }
+  INLINE void put(int64_t i, int64_t j, int64_t count, const typename V::A* dots) const {
+    memcpy(scores + i * ld + j, dots, count * sizeof(*dots));
+  }
 };
 
+// Bytes of x that one tile reads again and again: they stay in the first-level cache beside the weights that stream by.
+constexpr int64_t kHotBytes = 16 * 1024;
+// Weight streams read side by side are this many rows long, so that the processor's own prefetching keeps up.
+constexpr int64_t kStream = 16;
+
+template <class V, int MR>
+static INLINE int64_t piece_of(int64_t K) {
+  constexpr int64_t most = kHotBytes / (MR * int64_t(sizeof(typename V::T))) / V::STEP * V::STEP;
+  const int64_t pieces = (K + most - 1) / most;
+  return ((K + pieces - 1) / pieces + V::STEP - 1) / V::STEP * V::STEP;
+}
+
+// Rows whose distance is a power of two would push each other out of the first-level cache: packed, they do not.
+template <class V, int MR>
+static INLINE void pack(const typename V::T* x, int64_t ldx, int64_t K, typename V::T* packed) {
+  int64_t k = 0;
+  for (; k + V::STEP <= K; k += V::STEP)
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++, packed += V::STEP) memcpy(packed, x + i * ldx + k, sizeof(*x) * V::STEP);
+  if (k == K) return;
+  memset(packed, 0, sizeof(*x) * MR * V::STEP);
+  for (int i = 0; i < MR; i++, packed += V::STEP) memcpy(packed, x + i * ldx + k, sizeof(*x) * (K - k));
+}
+
+// MR rows of x with NR * streams rows of weight: NR streams of neighbouring rows, side by side.
 template <class V, int MR, int NR, class Sink>
-static void tile_at(const typename V::T* x, int64_t ldx, const typename V::T* w, int64_t ldw, int64_t K, int64_t i0,
-                    int64_t j0, const Sink& sink) {
-  typename V::A out[MR * NR];
-  dot_tile<V, MR, NR>(x + i0 * ldx, ldx, w + j0 * ldw, ldw, K, out);
-  for (int i = 0; i < MR; i++)
-    for (int j = 0; j < NR; j++) sink.put(i0 + i, j0 + j, out[i * NR + j]);
+static void panel(const typename V::T* x, int64_t ldx, const typename V::T* w, int64_t ldw, int64_t K, int64_t i0,
+                  int64_t j0, int64_t streams, const typename V::T* next_panel, const Sink& sink) {
+  typename V::Acc saved[kStream * MR * NR];
+  typename V::A out[MR * NR], dots[MR][kStream * NR];
+  alignas(64) typename V::T packed[kHotBytes / sizeof(typename V::T)];
+  const int64_t piece = piece_of<V, MR>(K);
+  for (int64_t k = 0; k < K; k += piece) {
+    const bool last = k + piece >= K;
+    const int64_t length = last ? K - k : piece;
+    pack<V, MR>(x + i0 * ldx + k, ldx, length, packed);
+    for (int64_t s = 0; s < streams; s++) {
+      const typename V::T* row = w + (j0 + s) * ldw + k;
+      const typename V::T* next = s + 1 < streams ? row + ldw : last ? next_panel : w + j0 * ldw + k + piece;
+      dot_tile<V, MR, NR>(packed, row, streams * ldw, next, length, k == 0, last, saved + s * MR * NR, out);
+      if (!last) continue;
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < NR; j++) dots[i][s + j * streams] = out[i * NR + j];
+    }
+  }
+  for (int i = 0; i < MR; i++) sink.put(i0 + i, j0, streams * NR, dots[i]);
 }
 
 // x rows [i0, i0 + MR) with weight rows [j0, j1).
@@ -90,8 +163,15 @@ static void strip(const typename V::T* x, int64_t ldx, const typename V::T* w, i
                   int64_t j0, int64_t j1, const Sink& sink) {
   constexpr int NR = V::NR(MR);
   int64_t j = j0;
-  for (; j + NR <= j1; j += NR) tile_at<V, MR, NR>(x, ldx, w, ldw, K, i0, j, sink);
-  for (; j < j1; j++) tile_at<V, MR, 1>(x, ldx, w, ldw, K, i0, j, sink);
+  while (j1 - j >= NR) {
+    const int64_t streams = (j1 - j) / NR < kStream ? (j1 - j) / NR : kStream, end = j + streams * NR;
+    panel<V, MR, NR>(x, ldx, w, ldw, K, i0, j, streams, w + (end < j1 ? end : j) * ldw, sink);
+    j = end;
+  }
+  if (j < j1 && j1 - j0 >= NR)  // the last rows once more: the same bits, written twice
+    panel<V, MR, NR>(x, ldx, w, ldw, K, i0, j1 - NR, 1, w + j * ldw, sink);
+  else
+    for (; j < j1; j++) panel<V, MR, 1>(x, ldx, w, ldw, K, i0, j, 1, w + j * ldw, sink);
 }
 
 // x rows [0, M) with weight rows [j0, j1): the rows are split into strips of nearly equal height, at most V::MR.

@@ -37,6 +37,7 @@ struct Plain {
     memcpy(&out, p, n * sizeof(T));
     return out;
   }
+  static INLINE void pin(Op&) {}
   static INLINE void fma(Acc& acc, Op a, Op b) { acc = fused(a, b, acc); }
   // Lanes are added in halves.
   template <int COUNT>
@@ -76,6 +77,7 @@ struct B16 {
     memcpy(&words, p, n * sizeof(T));
     return split(words);
   }
+  static INLINE void pin(Op&) {}
   static INLINE void fma(Acc& acc, const Op& a, const Op& b) { acc = fused(a.odd, b.odd, fused(a.even, b.even, acc)); }
   template <int COUNT>
   static INLINE void reduce(const Acc* acc, A* out) {
