@@ -15,8 +15,8 @@ import transformers as tf
 from specdec.drafters import ModelDrafter
 from torch import Tensor
 
+from specdec import registry
 from specdec.chance import CounterChance
-from specdec.runtime.backends.eager import EagerBackend
 from specdec.runtime.session import Session
 
 VOCAB = 64
@@ -130,8 +130,10 @@ def noisy(model: torch.nn.Module, scale: float, seed: int = 7) -> torch.nn.Modul
     return randomize(copy.deepcopy(model), scale, seed)
 
 
-def session(model: torch.nn.Module, tokens: Sequence[int] = ()) -> Session:
-    made = Session(EagerBackend.open(model))
+def session(model: torch.nn.Module, tokens: Sequence[int] = (), backend: str = "eager") -> Session:
+    """`backend`: "compiled" is on the native kernels, without the minute that a graph takes."""
+    options = {"compile": "never"} if backend == "compiled" else {}
+    made = Session(registry.find("backend", backend).open(model, **options))
     if tokens:
         made.append(tokens)
     return made

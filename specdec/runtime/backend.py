@@ -148,7 +148,7 @@ class Backend(ABC):
         """An independent backend on the same weights that holds a copy of the first `length` slots."""
 
     def bytes_for(self, length: int) -> int:
-        """Bytes of keys and values that `length` tokens will take, in the cache's buckets. Measured on one token, once."""
+        """Bytes of keys and values that `length` tokens will take, in the cache's buckets; measured on one, once."""
         context = self.capabilities.context
         if self._slot_bytes is None:
             twin = self.fork(0)

@@ -24,13 +24,14 @@ ATTENTION = "specdec"
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Keyword arguments of attention functions that change nothing here, or that the step's own data stand for.
 _IGNORED = {
+    "cache_position",
     "dropout",
     "is_causal",
-    "sliding_window",
-    "position_ids",
-    "use_cache",
     "output_attentions",
-    "cache_position",
+    "output_router_logits",
+    "position_ids",
+    "sliding_window",
+    "use_cache",
 }
 
 

@@ -18,9 +18,15 @@ from specdec.tree import TokenTree
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 # Eager attention takes its softmax in float32 whatever the model's dtype, so float64 means sdpa.
 EVERY_MODEL = [
-    (name, attention, dtype)
+    (name, attention, dtype, backend)
     for name in tiny_models.ARCHITECTURES
-    for attention, dtype in (("eager", torch.float32), ("sdpa", torch.float64), ("sdpa", torch.float32))
+    for attention, dtype, backend in (
+        ("eager", torch.float32, "eager"),
+        ("sdpa", torch.float64, "eager"),
+        ("sdpa", torch.float32, "eager"),
+        ("eager", torch.float32, "compiled"),
+        ("sdpa", torch.float64, "compiled"),
+    )
     if not (name == "gemma2" and attention == "sdpa")  # transformers refuses it
 ]
 
@@ -101,8 +107,8 @@ def play(model: torch.nn.Module, session: Session, move: Move) -> Session:
     return session
 
 
-@pytest.mark.parametrize(("name", "attention", "dtype"), EVERY_MODEL)
-def test_random_lives_match_cache_free_forwards(name: str, attention: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "attention", "dtype", "backend"), EVERY_MODEL)
+def test_random_lives_match_cache_free_forwards(name: str, attention: str, dtype: torch.dtype, backend: str) -> None:
     model = tiny_models.tiny(name, attention=attention, dtype=dtype)
 
     @settings(
@@ -114,7 +120,7 @@ def test_random_lives_match_cache_free_forwards(name: str, attention: str, dtype
     )
     @given(prompt=prompts, life=st.lists(moves, min_size=1, max_size=4))
     def live(prompt: list[int], life: list[Move]) -> None:
-        session = tiny_models.session(model, prompt)
+        session = tiny_models.session(model, prompt, backend)
         session.prefill()
         assert session.num_cached == len(prompt) - 1
         for move in life:

@@ -31,7 +31,8 @@ COMPILE = ("auto", "now", "never")
 # twice what the best choice in hindsight would have cost.
 SECONDS_BEFORE = 30.0
 # Largest difference from the stock step that rounding explains, as a share of the largest logit.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
+# (Stock eager attention takes its softmax in float32, whatever the dtype.)
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
 _CHECK_TOKENS = 6
 
 
@@ -48,7 +49,7 @@ class _Shared:
         self.worker: Worker | None = None
         self.failure: str | None = None
         self.python_seconds = 0.0
-        # The graph's bits differ from those of the model's own Python: it comes by itself only where tokens hardly notice.
+        # Bits differ between the graph and the model's own Python: it comes by itself only where tokens hardly notice.
         self.may_switch = stock.capabilities.dtype in (torch.float32, torch.float64)
 
     def logits(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class CompiledBackend(Backend):
         apart = float((mine - stock).abs().max() / stock.abs().max().clamp_min(1e-6))
         if not apart <= _TOLERANCE[self.capabilities.dtype]:
             raise UnsupportedModelError(
-                f"{name} on the native kernels differs from the stock step by {apart:.1%} of the largest logit: its "
+                f"{name} on the native kernels differs from the stock step by {apart:.1e} of the largest logit: its "
                 "layers do something that the kernels do not know; use backend='eager'"
             )
 
