@@ -273,7 +273,11 @@ class SpeculativeDecoder:
         Lossless: yes, unless a lossy verifier was allowed. Errors: `InputError` before work starts;
         `NonFiniteLogitsError` with the tokens so far when the target's logits are NaN or infinite.
         """
-        return self._together(prompt, options) if _is_several(prompt) else self.stream(prompt, **options).finish()  # type: ignore[arg-type]
+        made: Generation | list[Generation] = self._generate(prompt, options)
+        return made
+
+    def _generate(self, prompt: Any, options: dict[str, Any]) -> Any:
+        return self._together(prompt, options) if _is_several(prompt) else self.stream(prompt, **options).finish()
 
     def _together(self, prompts: Any, options: dict[str, Any]) -> list[Generation]:
         """A list of prompts, in one batch."""
@@ -312,7 +316,8 @@ class SpeculativeDecoder:
             "verifier": registry.create("verifier", "coupled"),
             "policy": registry.create("policy", "fixed"),
         }
-        return self.generate(prompt, **{**options, **plain})  # type: ignore[arg-type]
+        made: Generation | list[Generation] = self._generate(prompt, {**options, **plain})
+        return made
 
 
 def _is_several(prompt: Any) -> bool:
@@ -356,8 +361,8 @@ def load(
     `target`: hub id, local folder or loaded model; None is the embedded pair's target. `drafter`: a plugin's name
     (`model`, `ngram`, …), hub id, folder, loaded model, `Drafter`, or None for plain decoding. `dtype`: None is float32
     on CPU and the checkpoint's own elsewhere; "auto" is the faster of the two here, by a short measurement whose
-    outcome is in `decoder.dtype_reason`.`backend`, `numerics`: see `open_backend`. `model_options` go to `from_pretrained` (`device_map`,
-    `quantization_config`, …). Remote code runs only with trust_remote_code=True; weights are read from safetensors.
+    outcome is in `decoder.dtype_reason`. `backend`, `numerics`: see `open_backend`. `model_options` go to
+    `from_pretrained` (`device_map`, `quantization_config`, …). Remote code runs only with trust_remote_code=True; weights are read from safetensors.
 
     Lossless: yes, unless allow_lossy=True admits a lossy verifier.
     """
