@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -201,9 +204,6 @@ def test_a_finished_text_lets_go_of_its_caches(target: Any) -> None:
     batch = made.batch(max_new_tokens=4)
     ticket = batch.submit([3, 5, 7])
     batch.step()
-    import gc
-    import weakref
-
     caches = [weakref.ref(row.task.target) for row in batch._rows]
     batch.drain()
     gc.collect()
@@ -211,17 +211,33 @@ def test_a_finished_text_lets_go_of_its_caches(target: Any) -> None:
     assert [ref() for ref in caches] == [None]
 
 
-def test_seconds_of_a_text_are_its_share(target: Any) -> None:
-    """Together they are the batch's own time, not each text's waiting for the others."""
-    import time
+def test_seconds_of_a_text_are_its_share(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only steps move: together they are the batch's own time, not each text's waiting for others."""
+    clock = 0.0
+
+    def forward_many(cls: Any, backends: Sequence[Backend], steps: Sequence[Step]) -> list[StepResult]:
+        nonlocal clock
+        clock += 1.0
+        return [original(backend, step) for backend, step in zip(backends, steps, strict=True)]
+
+    def forward(self: EagerBackend, step: Step) -> StepResult:
+        return EagerBackend.forward_many([self], [step])[0]
 
     made = eager(target, tiny_models.noisy(target, 0.03))
-    started = time.perf_counter()
+    original = EagerBackend.forward
+    monkeypatch.setattr(EagerBackend, "forward_many", classmethod(forward_many))
+    monkeypatch.setattr(EagerBackend, "forward", forward)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
     out = made.generate([PROMPTS[0]] * 12, max_new_tokens=25, strict=True)
-    wall = time.perf_counter() - started
-    total = sum(o.stats.total_seconds for o in out)
-    assert 0.5 * wall < total <= wall
-    assert all(value >= 0 for o in out for value in o.stats.seconds.values())
+    monkeypatch.undo()
+    assert sum(o.stats.total_seconds for o in out) == pytest.approx(clock)
+    assert all(o.stats.total_seconds == pytest.approx(clock / 12) for o in out)  # twelve times the same text
+    for stage in ("prefill", "draft", "verify"):
+        assert out[0].stats.seconds[stage] > 0
+    assert out[0].stats.seconds["commit"] == pytest.approx(0, abs=1e-9)
+    alone = made.generate(PROMPTS[0], max_new_tokens=25).stats
+    assert out[0].stats.num_rounds == alone.num_rounds
+    assert out[0].stats.seconds["draft"] == pytest.approx(sum(r.depth_proposed for r in out[0].trace.rounds) / 12)
 
 
 # One memory budget.
