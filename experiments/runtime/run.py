@@ -69,8 +69,8 @@ def group_text(name: str, report: dict[str, Any]) -> str:
     backends = "; ".join(f"{key}: {b['describes']}, {b['numerics']} numerics" for key, b in report["backends"].items())
     return (
         f"## {name}\n\n"
-        f"{report['date']}, {platform.machine()}, {report['device']}, {report['dtype']}, {report['threads']} threads; "
-        f"{report['prompts']} prompts of {report['prompt_tokens'][0]} tokens × {report['repetitions']}, "
+        f"{report['date']}, {platform.machine()}, {report['device']}, {report['dtype']}, threads {report['threads']}; "
+        f"prompts {report['prompts']} of {report['prompt_tokens'][0]} tokens × {report['repetitions']}, "
         f"{report['max_new_tokens']} new tokens; {agrees}clean timings "
         f"{report['clean_slices']} of {report['slices']}.\n"
         f"Backends: {backends}.\n"

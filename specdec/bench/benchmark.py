@@ -94,9 +94,10 @@ def _warm(decoder: SpeculativeDecoder, say: Callable[[str], None], backend: str)
 
 def _our_rows(subject: Subject, settings: Settings, say: Callable[[str], None]) -> _Gathered:
     """All rows on the main backend (compiled, where it is there); on others the plain loop and the policy's choice."""
-    backends, absent = rows.split_backends(settings.backends)
+    backends, absent = rows.split_backends(settings.backends, subject.target)
     if not backends:
-        raise InputError(f"none of the backends {', '.join(settings.backends)} is installed")
+        reasons = "; ".join(row.reason for row in absent)
+        raise InputError(f"none of the backends {', '.join(settings.backends)} can be used: {reasons}")
     gathered = _Gathered(absent=absent, main="compiled" if "compiled" in backends else backends[0])
     options = {"max_new_tokens": settings.max_new_tokens}
     for backend in backends:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from specdec import registry
 from specdec.bench import baselines
-from specdec.errors import InputError
+from specdec.errors import InputError, UnsupportedModelError
 from specdec.policy import Fixed, Policy
 from specdec.trace import Round
 
@@ -69,11 +69,21 @@ def made_by_us(generation: Generation) -> Made:
     )
 
 
-def split_backends(names: Sequence[str]) -> tuple[list[str], list[Absent]]:
-    """Those that are installed, and rows that say which are not."""
+def split_backends(names: Sequence[str], target: Any) -> tuple[list[str], list[Absent]]:
+    """Those that are installed and run this model here, and rows that say why the others do not."""
     there = registry.available("backend")
-    absent = [Absent(f"specdec {name}", f"no backend is called {name!r} here") for name in names if name not in there]
-    return [name for name in names if name in there], absent
+    usable, absent = [], []
+    for name in names:
+        if name not in there:
+            absent.append(Absent(f"specdec {name}", f"no backend is called {name!r} here"))
+            continue
+        try:
+            registry.find("backend", name).open(target)
+        except UnsupportedModelError as error:
+            absent.append(Absent(f"specdec {name}", str(error)))
+            continue
+        usable.append(name)
+    return usable, absent
 
 
 def plain_row(decoder: SpeculativeDecoder, backend: str, options: dict[str, Any]) -> Method:

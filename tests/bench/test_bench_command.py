@@ -103,7 +103,29 @@ def test_the_last_line_is_the_report_without_single_measurements(outcome):
 def test_a_backend_that_is_not_installed_is_reported(capsys, tmp_path):
     words = ["bench", "--preset", "tiny", "--backend", "warp", "--no-transformers", *SMALL]
     assert main(words) == 2
-    assert "none of the backends warp is installed" in capsys.readouterr().err
+    assert "none of the backends warp can be used: no backend is called 'warp' here" in capsys.readouterr().err
+
+
+def test_a_backend_that_does_not_run_the_model_leaves_the_rest_of_the_table(monkeypatch):
+    from specdec.bench.rows import split_backends
+    from specdec.bench.synthetic import make_pair
+    from specdec.errors import UnsupportedModelError
+    from specdec.runtime.backends.eager import EagerBackend
+
+    class Refuses(EagerBackend):
+        @classmethod
+        def open(cls, model, **options):
+            raise UnsupportedModelError("no such kernels")
+
+    kinds = {"eager": EagerBackend, "compiled": Refuses}
+    monkeypatch.setattr("specdec.registry.available", lambda kind: kinds)
+    monkeypatch.setattr("specdec.registry.find", lambda kind, name: kinds[name])
+    usable, absent = split_backends(("eager", "compiled", "warp"), make_pair("tiny").target)
+    assert usable == ["eager"]
+    assert [(row.name, row.reason) for row in absent] == [
+        ("specdec compiled", "no such kernels"),
+        ("specdec warp", "no backend is called 'warp' here"),
+    ]
 
 
 @pytest.mark.parametrize(
