@@ -108,14 +108,18 @@ struct ScoreSink {
 };
 
 // Bytes of x that one tile reads again and again: they stay in the first-level cache beside the weights that stream by.
-constexpr int64_t kHotBytes = 16 * 1024;
+// Longer rows are cut into pieces, which leave room for the accumulators that wait for the next piece.
+constexpr int64_t kHotBytes = 24 * 1024, kPieceBytes = 16 * 1024;
 // Weight streams read side by side are this many rows long, so that the processor's own prefetching keeps up.
-constexpr int64_t kStream = 16;
+constexpr int64_t kStream = 32;
+// Tiles between the one that is computed and the one that is fetched: enough time for memory to answer.
+constexpr int64_t kAhead = 3;
 
 template <class V, int MR>
 static INLINE int64_t piece_of(int64_t K) {
-  constexpr int64_t most = kHotBytes / (MR * int64_t(sizeof(typename V::T))) / V::STEP * V::STEP;
-  const int64_t pieces = (K + most - 1) / most;
+  constexpr int64_t item = MR * int64_t(sizeof(typename V::T));
+  if (K * item <= kHotBytes) return K;
+  const int64_t most = kPieceBytes / item, pieces = (K + most - 1) / most;
   return ((K + pieces - 1) / pieces + V::STEP - 1) / V::STEP * V::STEP;
 }
 
@@ -137,7 +141,7 @@ static void panel(const typename V::T* x, int64_t ldx, const typename V::T* w, i
                   int64_t j0, int64_t streams, const typename V::T* next_panel, const Sink& sink) {
   typename V::Acc saved[kStream * MR * NR];
   typename V::A out[MR * NR], dots[MR][kStream * NR];
-  alignas(64) typename V::T packed[kHotBytes / sizeof(typename V::T)];
+  alignas(64) typename V::T packed[kHotBytes / sizeof(typename V::T) + MR * V::STEP];
   const int64_t piece = piece_of<V, MR>(K);
   for (int64_t k = 0; k < K; k += piece) {
     const bool last = k + piece >= K;
@@ -145,7 +149,8 @@ static void panel(const typename V::T* x, int64_t ldx, const typename V::T* w, i
     pack<V, MR>(x + i0 * ldx + k, ldx, length, packed);
     for (int64_t s = 0; s < streams; s++) {
       const typename V::T* row = w + (j0 + s) * ldw + k;
-      const typename V::T* next = s + 1 < streams ? row + ldw : last ? next_panel : w + j0 * ldw + k + piece;
+      const int64_t over = s + kAhead - streams;  // the fetched tile may lie in the next piece or panel
+      const typename V::T* next = over < 0 ? row + kAhead * ldw : (last ? next_panel : w + j0 * ldw + k + piece) + over * ldw;
       dot_tile<V, MR, NR>(packed, row, streams * ldw, next, length, k == 0, last, saved + s * MR * NR, out);
       if (!last) continue;
 #pragma GCC unroll 8
