@@ -58,6 +58,7 @@ class ModelDrafter(ModelRunner):
 
     draws = frozenset(Draw)
     trees = True
+    trusted = True
 
     def __init__(self, model: Any, backend: str | None = None):
         self._backend = open_backend(model, backend)

@@ -75,6 +75,9 @@ class Drafter(ABC):
     draws: ClassVar[frozenset[Draw]] = frozenset({Draw.POINT})
     #: Whether it can branch.
     trees: ClassVar[bool] = False
+    #: Whether its trees are well-formed by construction. Looking at every drafted token, which is done otherwise,
+    #: waits for the device that drew them.
+    trusted: ClassVar[bool] = False
 
     @classmethod
     def build(cls, context: BuildContext, **options: Any) -> Drafter:

@@ -16,20 +16,23 @@ from specdec.verifier import Verdict
 def finite(rows: Rows) -> tuple[Rows, Tensor]:
     """Rows with NaN or infinite logits, replaced by flat ones and flagged (bool `[N + 1]`).
 
-    A flagged row matters only when the accepted path reaches it: plain decoding would never see the others.
+    A flagged row matters only when the accepted path reaches it: plain decoding would never see the others. Whether
+    there is one is not asked here: that would wait for the device.
     """
     broken = ~torch.isfinite(rows.logits.amax(-1))
-    if not bool(broken.any()):
-        return rows, broken
     return replace(rows, logits=rows.logits.masked_fill(broken[:, None], 0.0)), broken
 
 
 def conclude(proposal: Proposal, verdict: Verdict, rows: Rows, broken: Tensor) -> Outcome:
-    """Read the verdict (one transfer) and cut it before the first row on its path that has no finite logits."""
+    """Read verdict and drafted tokens, and cut the path before its first row that has no finite logits.
+
+    This is the round's only transfer from the device.
+    """
     packed = torch.stack((verdict.node.to(verdict.token.device), verdict.token))
-    node, token, *flags = torch.cat((packed, broken.to(packed))).tolist()
+    node, token, *rest = torch.cat((packed, broken.to(packed), proposal.tree.tokens.to(packed))).tolist()
+    flags, drafted = rest[: len(broken)], rest[len(broken) :]
     path = proposal.tree.path(node)
-    tokens = (*proposal.tree.tokens[list(path)].tolist(), token)
+    tokens = (*(drafted[at] for at in path), token)
     for count, at in enumerate((-1, *path)):
         if flags[at + 1]:
             return Outcome(proposal, path[:count], tokens[:count], rows.logits, broken=True)

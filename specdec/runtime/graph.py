@@ -27,6 +27,8 @@ MAX_ROWS = 4096
 _INDUCTOR = {"aot_inductor.package_constants_in_so": False, "cpp.threads": 1}
 # Raised when the operators' signatures change, or what the graph is given.
 _FORMAT = 1
+# Fields of a configuration that say where a model came from, not what it computes (dtypes are known by tensor).
+_UNIMPORTANT = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 def _tensors(model: NativeModel) -> dict[str, Tensor]:
@@ -39,7 +41,8 @@ def _tensors(model: NativeModel) -> dict[str, Tensor]:
 
 def fingerprint(model: NativeModel) -> str:
     """What the graph's code depends on: architecture, shapes, dtypes, versions."""
-    config = {k: v for k, v in model.model.config.to_dict().items() if not k.startswith("_") and "token_id" not in k}
+    given = model.model.config.to_dict().items()
+    config = {k: v for k, v in given if not k.startswith("_") and "token_id" not in k and k not in _UNIMPORTANT}
     shapes = sorted((name, list(t.shape), list(t.stride()), str(t.dtype)) for name, t in _tensors(model).items())
     facts = {
         "format": _FORMAT,

@@ -27,7 +27,9 @@ class WrongRow(Coupled):
 
 
 def decoder(model, verifier=None):
-    return SpeculativeDecoder(model, drafter=ModelDrafter(noisy(model, 0.01)), policy=Fixed(4), verifier=verifier)
+    return SpeculativeDecoder(
+        model, backend="eager", drafter=ModelDrafter(noisy(model, 0.01)), policy=Fixed(4), verifier=verifier
+    )
 
 
 def first_difference(made, **options):

@@ -67,7 +67,7 @@ SAMPLINGS = {
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_exact_text_is_plain_text_under_heavy_rounding(monkeypatch, shape, name):
     model = flat()
-    decoder = SpeculativeDecoder(model, drafter=ModelDrafter(noisy(model, 0.01)), policy=SHAPES[shape])
+    decoder = SpeculativeDecoder(model, backend="eager", drafter=ModelDrafter(noisy(model, 0.01)), policy=SHAPES[shape])
     wobbly(monkeypatch)
     different = 0
     for seed in range(4):
@@ -87,7 +87,7 @@ def test_exact_text_is_plain_text_under_heavy_rounding(monkeypatch, shape, name)
 def test_recomputing_the_cache_is_what_does_it(monkeypatch):
     """Negative control: deciding again at one row, on the cache as it is, leaves differences."""
     model = flat()
-    decoder = SpeculativeDecoder(model, drafter=ModelDrafter(noisy(model, 0.01)), policy=Fixed(4))
+    decoder = SpeculativeDecoder(model, backend="eager", drafter=ModelDrafter(noisy(model, 0.01)), policy=Fixed(4))
     wobbly(monkeypatch)
 
     class OnlyTheRow(Redecide):
@@ -111,7 +111,7 @@ def test_recomputing_the_cache_is_what_does_it(monkeypatch):
 
 def test_nothing_is_decided_again_in_wide_formats_without_ties():
     model = tiny("llama")
-    decoder = SpeculativeDecoder(model, drafter=ModelDrafter(noisy(model, 0.02)), policy=Fixed(4))
+    decoder = SpeculativeDecoder(model, backend="eager", drafter=ModelDrafter(noisy(model, 0.02)), policy=Fixed(4))
     out = decoder.generate(PROMPT, max_new_tokens=50, exact=True)
     assert out.tokens == decoder.generate_plain(PROMPT, max_new_tokens=50).tokens
     assert out.stats.num_redecided == out.stats.num_recomputed_rows == 0
@@ -120,7 +120,7 @@ def test_nothing_is_decided_again_in_wide_formats_without_ties():
 def test_a_prompt_of_one_token(monkeypatch):
     """There is nothing to measure noise on; the unit in the last place stands in."""
     model = flat()
-    decoder = SpeculativeDecoder(model, drafter=ModelDrafter(noisy(model, 0.01)), policy=Fixed(4))
+    decoder = SpeculativeDecoder(model, backend="eager", drafter=ModelDrafter(noisy(model, 0.01)), policy=Fixed(4))
     wobbly(monkeypatch, 1 / 256)
     out = decoder.generate([3], max_new_tokens=40, exact=True)
     assert out.tokens == decoder.generate_plain([3], max_new_tokens=40).tokens
@@ -218,7 +218,9 @@ def test_noise_is_measured_on_a_copy(monkeypatch):
 def test_real_weights_in_bfloat16(shared: Path, temperature, capsys):
     target, draft = (load_model(shared / "models" / name, dtype=HALF) for name in ("bitllama-1M", "stories260K"))
     tokenizer = load_tokenizer(shared / "models" / "stories260K")
-    decoder = SpeculativeDecoder(target, tokenizer=tokenizer, drafter=ModelDrafter(draft), policy=Fixed(4))
+    decoder = SpeculativeDecoder(
+        target, tokenizer=tokenizer, backend="eager", drafter=ModelDrafter(draft), policy=Fixed(4)
+    )
     prompts = ["Once upon a time, there was a little girl named Lily.", "One day, Tom and his dog went to the park.",
                "The sun was hot and", "Ben had a red ball. He"]  # fmt: skip
     different = {False: 0, True: 0}
