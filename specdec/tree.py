@@ -59,7 +59,8 @@ class TokenTree:
 
     @staticmethod
     def empty() -> TokenTree:
-        return TokenTree.chain([])
+        """The tree without nodes; always the same object."""
+        return _EMPTY
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -108,3 +109,6 @@ class TokenTree:
         if len(set(zip(self.parents, tokens, strict=True))) < len(tokens):
             raise InputError("two siblings carry the same token; merge them before proposing")
         structure(self.parents)
+
+
+_EMPTY = TokenTree.chain([])
