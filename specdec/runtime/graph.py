@@ -31,7 +31,7 @@ _FORMAT = 1
 _UNIMPORTANT = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
-def _tensors(model: NativeModel) -> dict[str, Tensor]:
+def tensors(model: NativeModel) -> dict[str, Tensor]:
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -43,7 +43,7 @@ def fingerprint(model: NativeModel) -> str:
     """What the graph's code depends on: architecture, shapes, dtypes, versions."""
     given = model.model.config.to_dict().items()
     config = {k: v for k, v in given if not k.startswith("_") and "token_id" not in k and k not in _UNIMPORTANT}
-    shapes = sorted((name, list(t.shape), list(t.stride()), str(t.dtype)) for name, t in _tensors(model).items())
+    shapes = sorted((name, list(t.shape), list(t.stride()), str(t.dtype)) for name, t in tensors(model).items())
     facts = {
         "format": _FORMAT,
         "class": f"{type(model.model).__module__}.{type(model.model).__qualname__}",
@@ -66,13 +66,13 @@ class Graph:
 
     def __init__(self, path: Path, model: NativeModel):
         package = torch._inductor.aoti_load_package(str(path))
-        tensors = _tensors(model)
+        bound = tensors(model)
         wanted = package.get_constant_fqns()
-        missing = [name for name in wanted if name not in tensors]
+        missing = [name for name in wanted if name not in bound]
         if missing:
             raise RuntimeError(f"the graph wants {missing[0]}, which the model does not have")
         # The graph reads these where they lie: they must live as long as it does.
-        self._bound = {name: tensors[name] for name in wanted}
+        self._bound = {name: bound[name].detach() for name in wanted}
         package.load_constants(self._bound, check_full_update=True, user_managed=True)
         self._run: Callable[[list[Tensor]], list[Tensor]] = package.loader.run
 

@@ -18,6 +18,10 @@ from specdec.runtime import graph
 from specdec.runtime.native import NativeModel
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class Worker:
     """One compilation under way. `finished` polls; `failure` is the reason in one line, or None."""
 
@@ -28,7 +32,8 @@ class Worker:
             "module": type(inner).__module__,
             "name": type(inner).__qualname__,
             "config": inner.config.to_dict(),
-            "dtype": str(inner.dtype).removeprefix("torch."),
+            "dtype": _name(inner.dtype),
+            "dtypes": {name: _name(tensor.dtype) for name, tensor in graph.tensors(model).items()},
             "fingerprint": graph.fingerprint(model),
         }
         self._process = subprocess.Popen(
@@ -70,6 +75,11 @@ def main() -> None:
     with torch.device("meta"):
         empty = kind._from_config(config, dtype=getattr(torch, order["dtype"]))
     model = NativeModel(empty.to_empty(device="cpu").eval())
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        # A model that was converted after loading has its buffers in other dtypes than its class makes them.
+        parent, _, leaf = name.rpartition(".")
+        wanted = getattr(torch, order["dtypes"].get(name, _name(buffer.dtype)))
+        model.get_submodule(parent).register_buffer(leaf, buffer.to(wanted))
     if graph.fingerprint(model) != order["fingerprint"]:
         raise SystemExit("the model was changed after loading: compile it with decoder.warmup()")
     graph.compile(model, ops.steps().handle())

@@ -276,7 +276,7 @@ def test_the_worker_compiles_without_weights() -> None:
         assert found is not None
         backend._shared.graph = found
         python = rows(CompiledBackend.open(model, compile="never"), PROMPT, 3)
-        assert torch.allclose(rows(backend, PROMPT, 3), python, atol=0.05, rtol=0.05)
+        assert (rows(backend, PROMPT, 3) - python).abs().max() < 0.05 * python.abs().max()
     finally:
         kept.unlink(missing_ok=True)
 
