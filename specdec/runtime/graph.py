@@ -24,9 +24,15 @@ from specdec.runtime.native import NativeModel
 #: Rows of one call, at most: more go through the model's own Python.
 MAX_ROWS = 4096
 # A step's own loops are short; the products inside bring their threads along.
-_INDUCTOR = {"aot_inductor.package_constants_in_so": False, "cpp.threads": 1}
+_INDUCTOR = {
+    "aot_inductor.package_constants_in_so": False,
+    "cpp.threads": 1,
+    # Folding would bake weights of this very model, such as a norm of ones, into a graph that others will use.
+    "joint_graph_constant_folding": False,
+}
 # Raised when the operators' signatures change, or what the graph is given.
 _FORMAT = 1
+_INLINED = 8
 # Fields of a configuration that say where a model came from, not what it computes (dtypes are known by tensor).
 _UNIMPORTANT = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
@@ -43,12 +49,16 @@ def fingerprint(model: NativeModel) -> str:
     """What the graph's code depends on: architecture, shapes, dtypes, versions."""
     given = model.model.config.to_dict().items()
     config = {k: v for k, v in given if not k.startswith("_") and "token_id" not in k and k not in _UNIMPORTANT}
-    shapes = sorted((name, list(t.shape), list(t.stride()), str(t.dtype)) for name, t in tensors(model).items())
+    found = sorted(tensors(model).items())
+    shapes = [(name, list(t.shape), list(t.stride()), str(t.dtype)) for name, t in found]
+    # The compiler writes such small tensors into the code as numbers.
+    inlined = [(name, t.double().tolist()) for name, t in found if t.numel() <= _INLINED]
     facts = {
         "format": _FORMAT,
         "class": f"{type(model.model).__module__}.{type(model.model).__qualname__}",
         "config": config,
         "tensors": shapes,
+        "inlined": inlined,
         "versions": [torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]

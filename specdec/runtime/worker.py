@@ -66,15 +66,16 @@ class Worker:
 
 def main() -> None:
     import transformers
+    from transformers.initialization import no_init_weights
 
     order = json.load(sys.stdin)
     if not order["module"].startswith("transformers."):
         raise SystemExit(f"{order['name']} is not a model of transformers: compile it with decoder.warmup()")
     kind = getattr(transformers, order["name"])
     config = kind.config_class.from_dict(order["config"])
-    with torch.device("meta"):
+    with no_init_weights():  # buffers have their values: small ones are written into the code
         empty = kind._from_config(config, dtype=getattr(torch, order["dtype"]))
-    model = NativeModel(empty.to_empty(device="cpu").eval())
+    model = NativeModel(empty.eval())
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         # A model that was converted after loading has its buffers in other dtypes than its class makes them.
         parent, _, leaf = name.rpartition(".")

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import specdec
 from specdec.errors import BackendWarning, InputError, UnsupportedModelError
 from specdec.kernels import ops
+from specdec.kernels.build import cache_folder
 from specdec.policy import Fixed
 from specdec.runtime import graph
 from specdec.runtime.backends import compiled
@@ -262,7 +263,8 @@ def test_a_graph_is_made_in_the_background_once_that_pays(cache: Path, monkeypat
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_the_worker_compiles_without_weights() -> None:
+def test_the_worker_compiles_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "folder", lambda: cache_folder() / "graphs")  # another process knows no other
     model = llama(torch.bfloat16, layers=1)
     model.config.rms_norm_eps = 1.2345e-5  # a shape of its own: the worker keeps what it makes among the user's graphs
     backend = CompiledBackend.open(model, compile="never")
@@ -274,7 +276,7 @@ def test_the_worker_compiles_without_weights() -> None:
         assert worker.failure is None
         found = graph.find(backend._shared.native)
         assert found is not None
-        backend._shared.graph = found
+        backend._shared.take(found)
         python = rows(CompiledBackend.open(model, compile="never"), PROMPT, 3)
         assert (rows(backend, PROMPT, 3) - python).abs().max() < 0.05 * python.abs().max()
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -76,11 +76,39 @@ class _Shared:
                 self.worker = Worker(self.native)
         elif self.worker.finished:
             self.failure = self.worker.failure
-            self.graph = None if self.failure else graph.find(self.native)
+            if not self.failure:
+                self.find()
+
+    def take(self, made: graph.Graph | None) -> None:
+        """Use a graph from now on. Raises when its logits are not those of the model's own Python."""
+        if made is None:
+            return
+        count = min(_CHECK_TOKENS, self.stock.capabilities.context)
+        tokens, rows = torch.arange(count) % self.stock.capabilities.vocab_size, torch.arange(count)
+        block = torch.ones(count, count, dtype=torch.bool).tril()
+        results = []
+        for run in (made, self.native):
+            slots = ops.slots(len(self.native.windows))
+            slots.reserve(count)
+            with self.lock, torch.inference_mode():
+                self.steps.clear()
+                self.steps.add(slots, 0, count, 0, block, rows, rows)
+                results.append(run(tokens[None], rows[None], rows, self.handle).double())
+        apart = float((results[0] - results[1]).abs().max() / results[1].abs().max().clamp_min(1e-6))
+        if not apart <= _TOLERANCE[self.stock.capabilities.dtype]:
+            raise RuntimeError(f"the graph's logits are off by {apart:.1e} of the largest")
+        self.graph = made
 
     def compile(self) -> None:
+        self.obtain(lambda: graph.find(self.native) or graph.compile(self.native, self.handle))
+
+    def find(self) -> None:
+        self.obtain(lambda: graph.find(self.native))
+
+    def obtain(self, make: Callable[[], graph.Graph | None]) -> None:
+        """`take` what `make` gives; a failure is one warning."""
         try:
-            self.graph = graph.find(self.native) or graph.compile(self.native, self.handle)
+            self.take(make())
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else ""
             self.failure = f"{type(error).__name__}: {first}"
@@ -119,7 +147,7 @@ class CompiledBackend(Backend):
         backend = cls(_Shared(model, stock, when))
         backend._check()
         if when != "never":
-            backend._shared.graph = graph.find(backend._shared.native)
+            backend._shared.find()
         if when == "now":
             backend.warmup()
         return backend
