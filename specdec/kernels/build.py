@@ -71,7 +71,7 @@ def _units() -> list[Unit]:
 
 
 def _openmp() -> bool:
-    return sys.platform == "linux" and torch.backends.openmp.is_available()
+    return sys.platform == "linux" and bool(torch.backends.openmp.is_available())
 
 
 def _link_flags() -> list[str]:

@@ -26,6 +26,9 @@ def why_not() -> str:
         torch.ops.load_library(str(library()))
     except (BuildFailure, OSError, RuntimeError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
+    wish, found = os.environ.get("SPECDEC_ISA"), list(torch.ops.specdec.isas())
+    if wish and wish not in found:
+        return f"SPECDEC_ISA={wish} is not one of {', '.join(found)}"
     torch.library.register_fake("specdec::linear", _fake_linear)
     torch.library.register_fake("specdec::attend", _fake_attend)
     return ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from specdec import kernels
 from specdec.kernels import build
 
 ASK = "from specdec import kernels; print(kernels.available()); print(kernels.why_not())"
@@ -63,6 +64,15 @@ class TestFailures:
 
 def test_switched_off(tmp_path: Path) -> None:
     assert ask(tmp_path, SPECDEC_NATIVE="0") == ["False", "SPECDEC_NATIVE=0"]
+
+
+def test_an_unknown_variant_is_not_ignored() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], env={**os.environ, "SPECDEC_ISA": "sse9"}, capture_output=True, text=True
+    )
+    available, reason = done.stdout.splitlines()
+    assert available == "False"
+    assert reason.startswith("SPECDEC_ISA=sse9 is not one of ") or not kernels.available()
 
 
 def test_the_key_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ static Span span_of(const Tile& tile, int64_t chunk) {
 
 // A (an "accumulator vector"): W lanes, R register, S scalar; set1, load, store, add, mul, fma, max, exp.
 
-// exp(x) = 2^n * exp(r), r = x - n log 2 in two steps, |r| <= log 2 / 2; the minimax polynomial is that of Cephes' expf.
+// exp(x) = 2^n * exp(r), r = x - n log 2 in two steps, |r| <= log 2 / 2; the minimax polynomial of Cephes' expf.
 template <class A>
 static INLINE typename A::R exp_rest(typename A::R x, typename A::R n) {
   return A::fma(n, A::set1(2.12194440e-4f), A::fma(n, A::set1(-0.693359375f), x));
@@ -81,7 +81,9 @@ static INLINE typename A::S soft_tanh(typename A::S x) {
   S size = x < 0 ? -x : x, y;
   if (size < S(0.35)) {
     S t = size * size;
-    y = size + size * t * (S(-1.0 / 3) + t * (S(2.0 / 15) + t * (S(-17.0 / 315) + t * (S(62.0 / 2835) - t * S(1382.0 / 155925)))));
+    S series = S(62.0 / 2835) - t * S(1382.0 / 155925);
+    series = S(-1.0 / 3) + t * (S(2.0 / 15) + t * (S(-17.0 / 315) + t * series));
+    y = size + size * t * series;
   } else {
     S e = lane_exp<A>(-2 * size);
     y = (1 - e) / (1 + e);

@@ -13,12 +13,12 @@ namespace {
 using namespace specdec;
 
 // `V` (a "dot type") offers: T storage, A accumulator scalar, Acc and Op registers, STEP elements per Op, MR rows of x
-// in the largest tile, NR(mr) rows of weight beside them, and zero, load, load_some, pin, fma, reduce. `pin` keeps an operand in a register:
-// compilers would read it from memory again for each product, and loads are as scarce as products.
+// in the largest tile, NR(mr) rows of weight beside them, and zero, load, load_some, pin, fma, reduce. `pin` keeps an
+// operand in a register: compilers would read it again for each product, and loads are as scarce as products.
 //
-// dot_tile covers K inputs of MR x NR dot products; x is packed, vector by vector: first those of all rows at k = 0, then
-// at k = STEP, and so on, padded with zeros. `saved` carries the accumulators from one piece of K to the next;
-// the last piece gives `out`. Meanwhile the tile that follows, at `next`, is fetched into the second-level cache.
+// dot_tile covers K inputs of MR x NR dot products; x is packed, vector by vector: first those of all rows at k = 0,
+// then at k = STEP, and so on, padded with zeros. `saved` carries the accumulators from one piece of K to the next; the
+// last piece gives `out`. Meanwhile a tile that comes later, at `next`, is fetched into the second-level cache.
 template <class V, int MR, int NR>
 static INLINE void dot_tile(const typename V::T* x, const typename V::T* w, int64_t ldw, const typename V::T* next,
                             int64_t K, bool first, bool last, typename V::Acc* saved, typename V::A* out) {
@@ -150,7 +150,8 @@ static void panel(const typename V::T* x, int64_t ldx, const typename V::T* w, i
     for (int64_t s = 0; s < streams; s++) {
       const typename V::T* row = w + (j0 + s) * ldw + k;
       const int64_t over = s + kAhead - streams;  // the fetched tile may lie in the next piece or panel
-      const typename V::T* next = over < 0 ? row + kAhead * ldw : (last ? next_panel : w + j0 * ldw + k + piece) + over * ldw;
+      const typename V::T* after = last ? next_panel : w + j0 * ldw + k + piece;
+      const typename V::T* next = over < 0 ? row + kAhead * ldw : after + over * ldw;
       dot_tile<V, MR, NR>(packed, row, streams * ldw, next, length, k == 0, last, saved + s * MR * NR, out);
       if (!last) continue;
 #pragma GCC unroll 8

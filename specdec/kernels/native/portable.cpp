@@ -11,7 +11,8 @@ template <class R>
 static INLINE R fused(R a, R b, R c) {
 #if defined(__aarch64__)
   R out;
-  for (unsigned i = 0; i < sizeof(R) / sizeof(a[0]); i++) out[i] = sizeof(a[0]) == 4 ? __builtin_fmaf(a[i], b[i], c[i]) : __builtin_fma(a[i], b[i], c[i]);
+  for (unsigned i = 0; i < sizeof(R) / sizeof(a[0]); i++)
+    out[i] = sizeof(a[0]) == 4 ? __builtin_fmaf(a[i], b[i], c[i]) : __builtin_fma(a[i], b[i], c[i]);
   return out;
 #else
   return a * b + c;
