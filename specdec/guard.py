@@ -65,7 +65,7 @@ class GuardedDrafter(ModelRunner):
             proposal = yield from self.inner.proposing(state[0], plan, chance)
             if not isinstance(proposal, Proposal):
                 raise TypeError(f"propose returned {type(proposal).__name__}, not a Proposal")
-            # A distribution is looked at in any case: a draft with NaN in its logits must not reach a rule that uses it.
+            # A distribution is looked at in any case: a draft's NaN must not reach a rule that uses it.
             if proposal.q is not None or not self.inner.trusted:
                 proposal.check(self.vocab_size)
             self.verifier.check_proposal(proposal)

@@ -279,7 +279,7 @@ class Throughput(Policy):
     """Picks the k, 0 included, with the highest expected tokens per second, and probes now and then.
 
     Acceptance by position comes from evaluated positions only; draft, verify and overhead costs are this session's
-    own, measured as it runs; in a batch, the common ones (`specdec.goodput`): verification costs more as the batch grows,
+    own, measured as it runs; in a batch, the common ones (`specdec.goodput`): verification costs more as it grows,
     until nothing is drafted. (Goodput: Liu et al., arXiv 2406.14066.) Since it follows the clock, rounds differ
     between runs; texts do not under a verifier that keeps the seed.
     """

@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--self-generate", type=int, default=2048, help="continuations of the target to train on")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--init", type=Path, help="start from this draft's weights instead of the target's embedding")
+    parser.add_argument("--rate", type=float, default=1.0, help="scales the learning rates; less than 1 with --init")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,10 @@ def main() -> None:
     text = Batches(train, PROMPT + CONTINUATION, args.seed + 7)
 
     draft = LlamaForCausalLM(draft_config())
-    project_embeddings(draft, target)
+    if args.init:
+        draft.load_state_dict(LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).state_dict())
+    else:
+        project_embeddings(draft, target)
     print(f"{sum(p.numel() for p in draft.parameters()):,} parameters", flush=True)
     opts = optimizers(draft)
     base = [[g["lr"] for g in opt.param_groups] for opt in opts]
@@ -133,7 +138,7 @@ def main() -> None:
     last_save, compiled = time.time(), False
     while state["seconds"] < args.minutes * 60:
         started = time.time()
-        set_rates(opts, base, rate(state["seconds"] / 60 / args.minutes))
+        set_rates(opts, base, args.rate * rate(state["seconds"] / 60 / args.minutes))
         batch = torch.cat((own.draw(args.batch // 2), text.draw(args.batch - args.batch // 2)))
         with torch.no_grad(), accelerator.autocast():
             p = compiled_target(batch).logits.float().softmax(-1)

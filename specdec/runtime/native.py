@@ -38,7 +38,7 @@ _IGNORED = {
 class NativeLinear(nn.Module):
     """`x @ weight.T + bias` by the native kernel, on the weights of the layer that it stands in for."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight, self.bias = weight, bias
 
@@ -100,7 +100,7 @@ class NativeCall:
         self.handle, self.windows = handle, windows
 
 
-def _replacement(module: nn.Module) -> NativeLinear | None:
+def _replacement(module: Any) -> NativeLinear | None:
     if type(module) is nn.Linear:
         return NativeLinear(module.weight, module.bias)
     if type(module) is Conv1D:  # stores the transpose: this one is a copy
