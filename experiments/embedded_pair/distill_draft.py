@@ -21,6 +21,8 @@ from accelerate import Accelerator
 from train_target import Batches, llama, optimizers, rate, set_rates
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import specdec
+
 PROMPT, CONTINUATION = 64, 192
 
 
@@ -44,26 +46,24 @@ def project_embeddings(draft: LlamaForCausalLM, target: LlamaForCausalLM) -> Non
         draft.get_input_embeddings().weight.copy_(small * (0.02 / small.std()))
 
 
-@torch.no_grad()
 def continuations(target: LlamaForCausalLM, tokens: np.ndarray, count: int, batch: int, seed: int) -> np.ndarray:
     """`[count, PROMPT + CONTINUATION]`: the target's own texts, half greedy, half sampled at temperature 0.8."""
     rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    fast = copy.deepcopy(target).to(torch.bfloat16)
+    decoder = specdec.SpeculativeDecoder(copy.deepcopy(target).to(torch.bfloat16), prefix_cache=0)
+    decoder.warmup()
     starts = rng.integers(0, len(tokens) - PROMPT, count)
     rows, started = [], time.time()
     for at in range(0, count, batch):
-        prompts = torch.from_numpy(np.stack([tokens[s : s + PROMPT] for s in starts[at : at + batch]]).astype(np.int64))
-        sampled = (at // batch) % 2 == 1
-        out = fast.generate(
+        prompts = [tokens[s : s + PROMPT].tolist() for s in starts[at : at + batch]]
+        made = decoder.generate_plain(
             prompts,
-            attention_mask=torch.ones_like(prompts),
             max_new_tokens=CONTINUATION,
-            min_new_tokens=CONTINUATION,
-            do_sample=sampled,
-            **({"temperature": 0.8, "top_k": 0} if sampled else {}),
+            temperature=0.8 if (at // batch) % 2 else 0.0,
+            seed=list(range(at, at + len(prompts))),
+            eos_token_id=(),
+            max_rows=batch,
         )
-        rows.append(out.numpy().astype(np.int32))
+        rows.append(np.array([text.prompt + text.tokens for text in made], dtype=np.int32))
         print(f"self-generated {at + len(prompts)}/{count}, {time.time() - started:.0f} s", flush=True)
     return np.concatenate(rows)
 
