@@ -6,6 +6,7 @@ The type check runs on the package as it is installed, from outside the root: th
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(title: str, *command: str, cwd: Path = ROOT) -> None:
+def run(title: str, *command: str, cwd: Path = ROOT, **environment: str) -> None:
     print(f"== {title}", flush=True)
-    code = subprocess.run([sys.executable, "-m", *command], cwd=cwd).returncode
+    code = subprocess.run([sys.executable, "-m", *command], cwd=cwd, env={**os.environ, **environment}).returncode
     if code:
         sys.exit(code)
 
@@ -30,6 +31,8 @@ def main() -> None:
         config = str(ROOT / "pyproject.toml")
         run("types", "mypy", "--config-file", config, "-p", "specdec", cwd=Path(folder))
     run("tests", "pytest", *sys.argv[1:])
+    if not sys.argv[1:]:
+        run("contracts on the stock step", "pytest", "-q", "tests/contracts", SPECDEC_NATIVE="0")
 
 
 if __name__ == "__main__":
