@@ -76,6 +76,12 @@ def excerpt(path: Path, first: str, count: int) -> str:
     return "".join(lines[start : start + count])
 
 
+def without_break(text: str) -> str:
+    """A line break and the indentation after it are one token: a prompt that ends on a bare break would promise that
+    the next line is not indented."""
+    return text.rstrip("\n")
+
+
 def main() -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
     rows = []
@@ -85,11 +91,11 @@ def main() -> None:
             {
                 "id": f"stdlib/{name}:{first.split('(')[0].split()[-1].rstrip(':')}",
                 "category": category,
-                "text": excerpt(root / name, first, count),
+                "text": without_break(excerpt(root / name, first, count)),
             }
         )
     for number, (category, text) in enumerate(HAND_WRITTEN, 1):
-        rows.append({"id": f"written/{number}", "category": category, "text": text})
+        rows.append({"id": f"written/{number}", "category": category, "text": without_break(text)})
     OUT.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} prompts in {OUT}")
 
