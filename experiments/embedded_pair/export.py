@@ -19,6 +19,8 @@ from distill_draft import greedy_agreement
 from train_target import held_out_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import specdec
+
 PACKAGE = Path(__file__).parents[2] / "specdec"
 PAIR = PACKAGE / "pair"
 LIMIT = 45_000_000  # bytes of all bundled weights
@@ -59,13 +61,15 @@ def measure(prompts: list[dict[str, str]]) -> dict[str, object]:
     draft = AutoModelForCausalLM.from_pretrained(PAIR / "draft", dtype=torch.float32).eval()
     held = data.encode_split(tokenizer, True)
     samples, parsed, total = [], 0, 0
+    decoder = specdec.SpeculativeDecoder(target, tokenizer=tokenizer)
     for row in prompts:
         inputs = tokenizer(row["text"], return_tensors="pt")
         out = target.generate(**inputs, max_new_tokens=160, do_sample=False)
         text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         good, lines = valid_share(row["text"], text)
         parsed, total = parsed + good, total + lines
-        samples.append({"id": row["id"], "prompt": row["text"], "text": text})
+        drawn = decoder.generate(row["text"], max_new_tokens=160, temperature=0.6, seed=1)
+        samples.append({"id": row["id"], "prompt": row["text"], "text": drawn.text})
     return {
         "loss": {"target": held_out_loss(target, held), "draft": held_out_loss(draft, held)},
         "agreement": greedy_agreement(target, draft, held),
@@ -103,7 +107,8 @@ Whole lines of greedy continuations of the built-in prompts (160 new tokens) tha
 
 ## Three samples
 
-Greedy, 160 new tokens, on hand-written prompts. The prompt ends at `▸`.
+Temperature 0.6, seed 1, 160 new tokens, on hand-written prompts; the prompt ends at `▸`. (Greedy texts fall into
+repetition after some tens of tokens.)
 
 {samples}
 """
