@@ -362,8 +362,8 @@ def load(
     (`model`, `ngram`, …), hub id, folder, loaded model, `Drafter`, or None for plain decoding. `dtype`: None is float32
     on CPU and the checkpoint's own elsewhere; "auto" is the faster of the two here, by a short measurement whose
     outcome is in `decoder.dtype_reason`. `backend`, `numerics`: see `open_backend`. `model_options` go to
-    `from_pretrained` (`device_map`, `quantization_config`, …). Remote code runs only with trust_remote_code=True; weights
-    are read from safetensors.
+    `from_pretrained` (`device_map`, `quantization_config`, …). Remote code runs only with trust_remote_code=True;
+    weights are read from safetensors.
 
     Lossless: yes, unless allow_lossy=True admits a lossy verifier.
     """
