@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 EMBEDDED, DEFAULT_PRESET = "embedded", "134m"
 PRESETS = ("tiny", "134m", "350m", "1b", EMBEDDED)
-_BATCH = 8
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "fp64": "float64"}
 # Fields of single measurements: in --json, not in the line on the screen.
 _RAW = ("raw_ms_per_token", "raw_clean")
@@ -125,6 +124,7 @@ def build_subject(arguments: argparse.Namespace, say: Callable[[str], None]) -> 
 
     from specdec.bench import synthetic
     from specdec.bench.benchmark import Subject
+    from specdec.bench.rows import BATCH_SIZE
     from specdec.loading import default_device
 
     preset = chosen_preset(arguments)
@@ -146,8 +146,8 @@ def build_subject(arguments: argparse.Namespace, say: Callable[[str], None]) -> 
         progress=say,
     )
     prompts = synthetic.make_prompts(pair.shape, arguments.prompts, arguments.prompt_tokens)
-    more = synthetic.make_prompts(pair.shape, _BATCH, arguments.prompt_tokens, seed=1)
-    batch = [*prompts, *more][: max(_BATCH, len(prompts))]
+    more = synthetic.make_prompts(pair.shape, BATCH_SIZE, arguments.prompt_tokens, seed=1)
+    batch = [*prompts, *more][: max(BATCH_SIZE, len(prompts))]
     return Subject(preset, pair.target, pair.draft, pair.tokenizer, prompts, batch, pair)
 
 
@@ -155,6 +155,7 @@ def _loaded(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
     import specdec
     from specdec.bench.benchmark import Subject, make_prompts
     from specdec.bench.prompts import read_prompts
+    from specdec.bench.rows import BATCH_SIZE
 
     drafter = "model" if arguments.target is None else arguments.drafter
     decoder = specdec.load(
@@ -168,7 +169,7 @@ def _loaded(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
     if decoder.tokenizer is None:
         raise InputError(f"--target {arguments.target}: has no tokenizer to encode the prompts with")
     texts = [prompt.text for prompt in read_prompts()]
-    prompts = make_prompts(texts, decoder.tokenizer, max(arguments.prompts, _BATCH), arguments.prompt_tokens)
+    prompts = make_prompts(texts, decoder.tokenizer, max(arguments.prompts, BATCH_SIZE), arguments.prompt_tokens)
     draft = getattr(decoder.drafter, "model", None)
     name = EMBEDDED if arguments.target is None else screen.model_name(arguments.target)
     return Subject(name, decoder.target, draft, decoder.tokenizer, prompts[: arguments.prompts], prompts)

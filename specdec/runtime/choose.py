@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from specdec import registry
 from specdec.errors import BackendWarning, InputError, UnsupportedModelError
 from specdec.kernels import ops
 from specdec.runtime.backend import Backend
+from specdec.runtime.native import DTYPES
 
 NUMERICS = ("invariant", "fast")
 # A matrix of this many bytes lies beyond most caches, as a large model's weights do.
@@ -70,14 +72,12 @@ def fastest_dtype(checkpoint: torch.dtype, device: torch.device | str | None) ->
     name = str(checkpoint).removeprefix("torch.")
     if device.type != "cpu" or checkpoint == torch.float32:
         return checkpoint, f"{name}: the checkpoint's own"
-    linear = ops.linear if ops.available() else torch.nn.functional.linear
     seconds: dict[torch.dtype, float] = {}
     for dtype in (checkpoint, torch.float32):
-        native = linear if dtype in (torch.float32, torch.bfloat16) else torch.nn.functional.linear
+        linear = ops.linear if ops.available() and dtype in DTYPES else torch.nn.functional.linear
         weight = torch.zeros(_PROBE_BYTES // dtype.itemsize // _PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
         rows = torch.zeros(_PROBE_ROWS, _PROBE_WIDTH, dtype=dtype)
-        per_weight = _seconds(lambda r=rows, w=weight, f=native: f(r, w)) / weight.numel()  # type: ignore[misc]
-        seconds[dtype] = per_weight
+        seconds[dtype] = _seconds(partial(linear, rows, weight)) / weight.numel()
     ratio = seconds[torch.float32] / seconds[checkpoint]
     if ratio > 1:
         return checkpoint, f"{name}: the checkpoint's own, and {ratio:.1f}x as fast as float32 here"

@@ -36,6 +36,19 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
 _CHECK_TOKENS = 6
 
 
+def _check_step(capabilities: Capabilities) -> Step:
+    """A few rows of a short text, for `_apart`."""
+    rows = torch.arange(min(_CHECK_TOKENS, capabilities.context))
+    block = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
+    return Step(rows % capabilities.vocab_size, 0, block, rows, 0, len(rows))
+
+
+def _apart(logits: Tensor, reference: Tensor) -> float | None:
+    """The largest difference as a share of the largest logit, where rounding does not explain it; else None."""
+    apart = float((logits.double() - reference.double()).abs().max() / reference.double().abs().max().clamp_min(1e-6))
+    return None if apart <= _TOLERANCE[reference.dtype] else apart
+
+
 class _Shared:
     """What all sequences of one opened model share."""
 
@@ -83,21 +96,16 @@ class _Shared:
         """Use a graph from now on. Raises when its logits are not those of the model's own Python."""
         if made is None:
             return
-        count = min(_CHECK_TOKENS, self.stock.capabilities.context)
-        tokens, rows = torch.arange(count) % self.stock.capabilities.vocab_size, torch.arange(count)
-        block = torch.ones(count, count, dtype=torch.bool).tril()
-        results = []
-        for run in (made, self.native):
-            slots = ops.slots(len(self.native.windows))
-            slots.reserve(count)
-            with self.lock, torch.inference_mode():
-                self.steps.clear()
-                self.steps.add(slots, 0, count, 0, block, rows, rows)
-                results.append(run(tokens[None], rows[None], rows, self.handle).double())
-        apart = float((results[0] - results[1]).abs().max() / results[1].abs().max().clamp_min(1e-6))
-        if not apart <= _TOLERANCE[self.stock.capabilities.dtype]:
-            raise RuntimeError(f"the graph's logits are off by {apart:.1e} of the largest")
+        step = _check_step(self.stock.capabilities)
+        python = CompiledBackend(self).forward(step).logits
         self.graph = made
+        try:
+            apart = _apart(CompiledBackend(self).forward(step).logits, python)
+            if apart is not None:
+                raise RuntimeError(f"the graph's logits are off by {apart:.1e} of the largest")
+        except Exception:
+            self.graph = None
+            raise
 
     def compile(self) -> None:
         self.obtain(lambda: graph.find(self.native) or graph.compile(self.native, self.handle))
@@ -133,7 +141,10 @@ class CompiledBackend(Backend):
     def __init__(self, shared: _Shared, slots: Any = None):
         self._shared = shared
         self._slots = slots if slots is not None else ops.slots(len(shared.native.windows))
-        self._capacity = 0
+
+    @property
+    def _capacity(self) -> int:
+        return int(self._slots.capacity())
 
     @classmethod
     def open(cls, model: Any, **options: Any) -> Self:
@@ -154,23 +165,18 @@ class CompiledBackend(Backend):
 
     def _check(self) -> None:
         """Compare a few rows with the stock step: an attention layer may do what no argument tells."""
-        count = min(_CHECK_TOKENS, self.capabilities.context)
-        tokens = torch.arange(count) % self.capabilities.vocab_size
-        positions = torch.arange(count)
-        block = torch.ones(count, count, dtype=torch.bool).tril()
-        step = Step(tokens, 0, block, positions, 0, count)
+        step = _check_step(self.capabilities)
         name = type(self._shared.stock.model).__name__
         try:
-            mine = self.fork(0).forward(step).logits.double()
+            mine = self.fork(0).forward(step).logits
         except UnsupportedModelError:
             raise
         except Exception as error:
             raise UnsupportedModelError(
                 f"{name} does not run on the native kernels: {error}; use backend='eager'"
             ) from error
-        stock = self._shared.stock.fork(0).forward(step).logits.double()
-        apart = float((mine - stock).abs().max() / stock.abs().max().clamp_min(1e-6))
-        if not apart <= _TOLERANCE[self.capabilities.dtype]:
+        apart = _apart(mine, self._shared.stock.fork(0).forward(step).logits)
+        if apart is not None:
             raise UnsupportedModelError(
                 f"{name} on the native kernels differs from the stock step by {apart:.1e} of the largest logit: its "
                 "layers do something that the kernels do not know; use backend='eager'"
@@ -225,10 +231,8 @@ class CompiledBackend(Backend):
 
     def _place(self, step: Step) -> None:
         """Name this sequence's rows and slots to the next call."""
-        end = step.end
-        if end > self._capacity:
-            self._capacity = bucket(end, max(self.capabilities.context, end))
-            self._slots.reserve(self._capacity)
+        if step.end > self._capacity:
+            self._slots.reserve(bucket(step.end, max(self.capabilities.context, step.end)))
         self._shared.steps.add(
             self._slots, step.start, step.num_rows, step.prefix, step.block_MB, step.positions, step.block_positions_B
         )
@@ -240,9 +244,7 @@ class CompiledBackend(Backend):
         if length == 0:
             self._shared.adopt()
             return type(self)(self._shared)
-        twin = type(self)(self._shared, self._slots.fork(length))
-        twin._capacity = self._capacity
-        return twin
+        return type(self)(self._shared, self._slots.fork(length))
 
     @property
     def num_bytes(self) -> int:
