@@ -13,6 +13,7 @@ GROUPS = {
     "verifier": "specdec.verifiers",
     "policy": "specdec.policies",
     "backend": "specdec.backends",
+    "trainer": "specdec.trainers",
 }
 
 
