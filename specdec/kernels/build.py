@@ -1,7 +1,7 @@
 """Finds the library of native kernels, or compiles it once with the system's compiler into a cache of the user's.
 
-`python -m specdec.kernels.build` compiles into the package itself, for installations that are made on one machine and
-used on others of the same kind: no compiler is needed there.
+`python -m specdec.kernels.build` compiles into the package itself, and so does `pip install --no-build-isolation .`:
+for installations that are made on one machine and used on others of the same kind. No compiler is needed there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from torch.utils.cpp_extension import include_paths, library_paths
 
 SOURCES = Path(__file__).parent / "native"
 PREBUILT = Path(__file__).parent / "prebuilt"
@@ -58,6 +56,8 @@ def _is_x86() -> bool:
 
 
 def _units() -> list[Unit]:
+    from torch.utils.cpp_extension import include_paths  # slow to import, and seldom needed
+
     # Newer torch headers need C++20.
     standard = "c++20" if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10) else "c++17"
     includes = tuple(flag for path in include_paths() for flag in ("-isystem", path))
@@ -75,6 +75,8 @@ def _openmp() -> bool:
 
 
 def _link_flags() -> list[str]:
+    from torch.utils.cpp_extension import library_paths
+
     flags = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
     if _openmp():
         # torch's own copy, when it ships one: two OpenMP pools in one process would fight for the cores.
@@ -165,11 +167,28 @@ def compile_to(target: Path, compiler: str) -> None:
         os.replace(library, target)
 
 
-def library() -> Path:
-    """The library for this machine: prebuilt, from the cache, or compiled now. Raises `BuildFailure`."""
-    prebuilt = PREBUILT / f"kernels-{key()}.so"
-    if prebuilt.exists():
-        return prebuilt
+def prebuilt() -> Path | None:
+    """The library that came with the package, if it is of these sources and for this torch and kind of machine."""
+    path = PREBUILT / f"kernels-{key()}.so"
+    return path if path.exists() else None
+
+
+def prebuild(folder: Path) -> Path:
+    """Compiles into `folder`, in place of what lay there. Raises `BuildFailure`."""
+    target = folder / f"kernels-{key()}.so"
+    for old in folder.glob("kernels-*.so"):
+        if old != target:
+            old.unlink()
+    if not target.exists():
+        if os.name == "nt":
+            raise BuildFailure("native kernels are not built on Windows")
+        folder.mkdir(parents=True, exist_ok=True)
+        compile_to(target, _compiler())
+    return target
+
+
+def compiled() -> Path:
+    """The library from the user's cache, or compiled now. Raises `BuildFailure`."""
     if os.name == "nt":
         raise BuildFailure("native kernels are not built on Windows")
     compiler = _compiler()
@@ -181,7 +200,7 @@ def library() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if not target.exists():
-                Console(stderr=True).print(f"specdec: compiling native kernels once (about {SECONDS} s)")
+                print(f"specdec: compiling native kernels once (about {SECONDS} s)", file=sys.stderr)
                 compile_to(target, compiler)
     except OSError as error:
         raise BuildFailure(f"cannot write the cache {folder}: {error.strerror or error} (set SPECDEC_CACHE)") from error
@@ -189,5 +208,4 @@ def library() -> Path:
 
 
 if __name__ == "__main__":
-    PREBUILT.mkdir(exist_ok=True)
-    compile_to(PREBUILT / f"kernels-{key()}.so", _compiler())
+    print(prebuild(PREBUILT))

@@ -7,6 +7,7 @@ C slots of a cache.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InputError
-from specdec.kernels.build import BuildFailure, library
+from specdec.kernels.build import BuildFailure, compiled, prebuilt
 
 
 @lru_cache(maxsize=1)
@@ -23,7 +24,7 @@ def why_not() -> str:
     if os.environ.get("SPECDEC_NATIVE") == "0":
         return "SPECDEC_NATIVE=0"
     try:
-        torch.ops.load_library(str(library()))
+        _load()
     except (BuildFailure, OSError, RuntimeError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     wish, found = os.environ.get("SPECDEC_ISA"), list(torch.ops.specdec.isas())
@@ -32,6 +33,15 @@ def why_not() -> str:
     torch.library.register_fake("specdec::linear", _fake_linear)
     torch.library.register_fake("specdec::attend", _fake_attend)
     return ""
+
+
+def _load() -> None:
+    ready = prebuilt()
+    if ready is not None:
+        with suppress(OSError):  # made where system libraries are newer: this machine can make its own
+            torch.ops.load_library(str(ready))
+            return
+    torch.ops.load_library(str(compiled()))
 
 
 def available() -> bool:
