@@ -98,7 +98,7 @@ class Objective(ABC):
     @classmethod
     @abstractmethod
     def build(cls, target: Any, tokenizer: Any, options: Mapping[str, Any]) -> Objective:
-        """Make the objective, weights initialised from torch's global generator. Raises `InputError` for bad options."""
+        """Make the objective; weights start from torch's global generator. Raises `InputError` for bad options."""
 
     def begin(self, rows: np.ndarray) -> None:
         """See the training tokens, int32 `[R, L]`, padding included; for example to choose a draft vocabulary.
@@ -108,7 +108,7 @@ class Objective(ABC):
         return None
 
     def replace(self, tokens_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows to train on in place of the data's, of the same shapes; chance from torch's global generator only."""
+        """Rows of the same shapes to train on in place of the data's; chance from torch's global generator only."""
         return tokens_BL, mask_BL
 
     @abstractmethod
