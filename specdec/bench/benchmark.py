@@ -164,7 +164,9 @@ def benchmark(
             folder = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="specdec-bench-", ignore_cleanup_errors=True))
             )
-            setting = peers.Setting(dtype, torch.get_num_threads(), settings.ks, settings.max_new_tokens, folder, say)
+            setting = peers.Setting(
+                dtype, torch.get_num_threads(), settings.ks, settings.max_new_tokens, folder, say, stack
+            )
             methods += [method for peer in settings.peers for method in peers.open_peer(peer, subject.pair, setting)]
         methods, failed, made = rows.warm_up(methods, subject.prompts[0], say)
         probes = _probes(gathered, subject, settings, made)

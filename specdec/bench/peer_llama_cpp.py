@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from specdec.bench.peer_process import PeerError
 from specdec.bench.rows import PLAIN, SPECULATIVE, Made, Method
 from specdec.bench.synthetic import Pair, piece
-from specdec.errors import InputError, SpecdecError
+from specdec.errors import InputError
 
 if TYPE_CHECKING:
     from specdec.bench.peers import Setting
@@ -35,10 +36,6 @@ _DECODED = re.compile(rf"decoded\s+(\d+) tokens in\s+{_NUMBER} seconds")
 _ACCEPTED = re.compile(r"n_accept\s*=\s*(\d+)")
 
 T = TypeVar("T")
-
-
-class PeerError(SpecdecError, RuntimeError):
-    """A peer's tool failed, or printed something else than what is known of it."""
 
 
 class _Incomplete(PeerError):

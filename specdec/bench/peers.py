@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from specdec.bench.peer_process import PeerProcess
 from specdec.bench.rows import Method
 from specdec.bench.synthetic import Pair
 from specdec.errors import InputError
@@ -17,7 +19,7 @@ OPENVINO, LLAMA_CPP = "openvino", "llama.cpp"
 
 @dataclass(frozen=True)
 class Setting:
-    """What all peers are run with. `folder` is scratch space that lasts as long as the run."""
+    """What all peers are run with. `folder` is scratch space that lasts as long as the run, as `stack` does."""
 
     dtype: torch.dtype
     threads: int
@@ -25,6 +27,11 @@ class Setting:
     max_new_tokens: int
     folder: Path
     say: Callable[[str], None]
+    stack: ExitStack
+
+    def started(self, process: PeerProcess) -> PeerProcess:
+        """`process`, which ends with the run."""
+        return self.stack.enter_context(process)
 
 
 def check(peers: Sequence[str], device_type: str, dtype: torch.dtype) -> None:

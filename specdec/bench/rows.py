@@ -38,7 +38,10 @@ class Made:
 
 @dataclass(frozen=True)
 class Method:
-    """One row. `base` names the row that is its own plain mode; `k` is None where a policy chooses."""
+    """One row. `base` names the row that is its own plain mode; `k` is None where a policy chooses.
+
+    `cpu_seconds`: used so far by the process in which it runs, where that goes on beside this one.
+    """
 
     name: str
     engine: str
@@ -49,6 +52,7 @@ class Method:
     backend: str | None = None
     drafter: str | None = None
     k: int | None = None
+    cpu_seconds: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)

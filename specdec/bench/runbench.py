@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -242,7 +243,9 @@ def run(
             turn = (repetition * len(prompts) + number) % len(jobs)
             for kind, name in jobs[turn:] + jobs[:turn]:
                 if kind == "row":
-                    timed = gate.time(lambda name=name, prompt=prompt: by_name[name].run(prompt))  # type: ignore[misc]
+                    method = by_name[name]
+                    call = partial(method.run, prompt)
+                    timed = gate.time(call, method.cpu_seconds)
                     own = timed.result.seconds
                     sample = Sample(timed.result, timed.seconds if own is None else own, timed.clean)
                     bench.samples[name][number].append(sample)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from specdec.bench import peer_llama_cpp, peers
+from specdec.bench import peer_llama_cpp, peers, rows, runbench
 from specdec.bench.gguf_file import interleave, tensor_name
-from specdec.bench.peer_llama_cpp import PeerError, parse_bench, parse_ids, parse_speculative
-from specdec.bench.synthetic import piece
+from specdec.bench.peer_llama_cpp import parse_bench, parse_ids, parse_speculative
+from specdec.bench.peer_process import PeerError, PeerProcess
+from specdec.bench.synthetic import greedy_texts, make_pair, make_prompts, piece
+from specdec.bench.timing import Gate, Reading, others_share
 from specdec.errors import InputError
 
 # Recorded from llama.cpp 0.5.0-dev.
@@ -140,7 +146,6 @@ def test_peers_run_on_the_cpu_in_float32_or_bfloat16(tmp_path, monkeypatch):
 def test_a_gguf_file_holds_every_weight(tmp_path):
     gguf = pytest.importorskip("gguf")
     from specdec.bench.gguf_file import write_gguf
-    from specdec.bench.synthetic import make_pair
 
     pair = make_pair("tiny", dtype=torch.bfloat16)
     write_gguf(pair.target, tmp_path / "t.gguf")
@@ -148,3 +153,103 @@ def test_a_gguf_file_holds_every_weight(tmp_path):
     assert set(tensors) == {tensor_name(name) for name, _ in pair.target.named_parameters()}
     raw = torch.from_numpy(tensors["output.weight"].data.copy()).view(torch.bfloat16)
     assert torch.equal(raw, pair.target.lm_head.weight)
+
+
+ENGINE = """
+import os, sys, time
+from specdec.bench.peer_process import serve
+
+def double(number):
+    print("a library says hello")
+    os.write(1, b"and so does its C part\\n")
+    return 2 * number
+
+def fail():
+    raise ValueError("no such graph\\nand a second line")
+
+def work(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+def die():
+    sys.stderr.write("out of memory\\n")
+    sys.stderr.flush()
+    os._exit(3)
+
+serve({"double": double, "fail": fail, "work": work, "die": die})
+"""
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch) -> Iterator[PeerProcess]:
+    (tmp_path / "an_engine.py").write_text(ENGINE, encoding="ascii")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2]))))
+    with PeerProcess("an_engine") as process:
+        yield process
+
+
+def test_a_process_answers_whatever_its_libraries_print(engine):
+    assert engine.ask("double", number=21) == 42
+    assert engine.ask("double", number=[1]) == [1, 1]
+
+
+def test_a_failed_request_is_an_error_and_the_next_one_is_answered(engine):
+    with pytest.raises(PeerError, match=r"^no such graph$"):
+        engine.ask("fail")
+    assert engine.ask("double", number=1) == 2
+
+
+def test_a_process_that_ended_says_why(engine):
+    for _ in range(2):
+        with pytest.raises(PeerError, match="ended with status 3: out of memory"):
+            engine.ask("die")
+
+
+def test_it_ends_with_the_run(engine):
+    with ExitStack() as stack:
+        setting = peers.Setting(torch.float32, 1, (), 8, Path(), print, stack)
+        process = setting.started(engine)
+        assert process.ask("double", number=1) == 2
+    assert engine._process.returncode == 0
+
+
+def test_its_work_is_the_rows_own_and_nobody_elses(engine):
+    """A machine on which nothing but this process and the engine runs: only a row that runs there may count it."""
+    engine.ask("double", number=1)
+    if not engine.cpu_seconds():
+        pytest.skip("this system does not tell what another process used")
+
+    def read() -> Reading:
+        own = time.process_time()
+        return Reading(time.perf_counter(), own + engine.cpu_seconds(), own)
+
+    def run(_: object) -> rows.Made:
+        engine.ask("work", seconds=0.2)
+        return rows.Made((1,))
+
+    there = rows.Method("there", "engine", rows.PLAIN, "there", "", run, cpu_seconds=engine.cpu_seconds)
+    here = rows.Method("here", "engine", rows.PLAIN, "here", "", run)
+    bench = runbench.run([there, here], [[1]], repetitions=1, gate=Gate(retries=0, read=read))
+    assert bench.samples["there"][0][0].clean
+    assert not bench.samples["here"][0][0].clean
+    before = read()
+    engine.ask("work", seconds=0.1)
+    assert others_share(before, read(), tick=0) > 0
+
+
+def test_openvino_gives_its_own_process_the_work_and_exact_float32_the_same_ids(tmp_path):
+    for name in ("openvino_genai", "openvino_tokenizers"):
+        pytest.importorskip(name)
+    pair = make_pair("tiny", dtype=torch.float32)
+    (prompt,) = make_prompts(pair.shape, 1, 16)
+    expected = tuple(greedy_texts(pair.target, [prompt], 16)[0, 16:].tolist())
+    with ExitStack() as stack:
+        made = peers.open_peer("openvino", pair, peers.Setting(torch.float32, 1, (3,), 16, tmp_path, print, stack))
+        plain, drafting = (method.run(prompt) for method in made)
+        assert all(method.cpu_seconds and method.cpu_seconds() > 0 for method in made)
+    assert plain.tokens == drafting.tokens == expected
+    assert plain.steps == 16
+    assert drafting.steps < 16
+    assert plain.seconds
+    assert plain.seconds > 0

@@ -41,6 +41,16 @@ def test_no_readings_no_gate():
     assert (gate.num_clean, gate.num_slices, gate.num_retries) == (1, 1, 0)
 
 
+def test_a_helpers_work_counts_as_own_in_the_calls_that_it_works_for():
+    used = itertools.count()
+
+    def helper() -> float:
+        return 0.7 * next(used)  # between two readings
+
+    assert Gate(retries=0, read=readings(0.7)).time(lambda: None, helper).others == 0
+    assert Gate(retries=0, read=readings(0.7)).time(lambda: None).others == pytest.approx(0.7, abs=0.03)
+
+
 def test_dirty_slices_are_repeated_and_a_clean_one_counts():
     results = itertools.count()
     gate = Gate(read=readings(0.9, 0.5, 0.0))
