@@ -1,7 +1,4 @@
-"""A smaller causal language model drafts.
-
-Shape suffixes: F nodes of the frontier (one level of the tree), V vocabulary.
-"""
+"""A smaller causal language model drafts."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specdec.chance import Chance
 from specdec.drafter import BuildContext, Drafter, ModelRunner, Outcome, Request
 from specdec.errors import InputError
+from specdec.growth import Grown, grow
 from specdec.loading import load_model
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
@@ -27,23 +24,7 @@ from specdec.tree import TokenTree
 class ModelState:
     request: Request
     session: Session
-
-
-def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
-    """Crop or pad the last axis: paddings of one tokenizer's vocabulary differ between models."""
-    missing = vocab_size - logits.shape[-1]
-    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
-
-
-def without_replacement(q_FV: Tensor, count: int, chance: Chance) -> Tensor:
-    """`[F, count]` tokens in drawing order; -1 where the support is used up, never in the first column."""
-    left = q_FV.clone()
-    drawn: list[Tensor] = []
-    for _ in range(count):
-        token = chance.draw(left)[:, None]
-        drawn.append(torch.where(left.sum(-1, keepdim=True) > 0, token, -1) if drawn else token)
-        left.scatter_(1, token, 0.0)
-    return torch.cat(drawn, 1)
+    grown: Grown | None = None  # what was proposed last
 
 
 class ModelDrafter(ModelRunner):
@@ -90,54 +71,19 @@ class ModelDrafter(ModelRunner):
         return ModelState(request, session)
 
     def proposing(self, state: ModelState, plan: Plan, chance: Chance) -> Steps[Proposal]:
-        session, request = state.session, state.request
+        session = state.session
         session.drop_tree()
         plan = plan.limited(session.context - len(session.tokens) + 1)
-        draw = Draw.POINT if request.sampling.is_greedy else request.draw
-        tree, growing = TokenTree.empty(), [-1]
-        drawn_from: list[Tensor] = []  # one block of rows per level
-        q_rows: list[int] = []
-        for depth in range(plan.depth):
-            rows = yield from session.forwarding(tree)
-            nodes = [node for node in rows.nodes if node in growing]
-            logits = rows.logits if len(nodes) == len(rows.nodes) else rows.logits[[n in growing for n in rows.nodes]]
-            logits = fit_vocabulary(logits, request.vocab_size)
-            scores_FV = request.sampling.scores(logits, session.tokens, tree, nodes)
-            position = len(session.tokens) + depth
-            # Greedy chains that never ask for confidence do without.
-            q_FV = scores_FV.softmax(-1) if draw is not Draw.POINT or plan.stop_below > 0 else scores_FV
-            tokens_FC = self._draw(scores_FV, q_FV, draw, plan.children(depth), position, chance)
-            if tokens_FC.shape[1] == 1:
-                row_of, tokens = list(range(len(nodes))), tokens_FC[:, 0]
-            else:
-                present = tokens_FC >= 0
-                row_of, tokens = present.nonzero()[:, 0].tolist(), tokens_FC[present]
-            q_rows += [sum(len(block) for block in drawn_from) + row for row in row_of]
-            if draw is Draw.SAMPLED:
-                drawn_from.append(q_FV)
-            growing = list(range(len(tree), len(tree) + len(row_of)))
-            tree = tree.extend(tokens, [nodes[row] for row in row_of])
-            if plan.stop_below > 0:
-                sure = q_FV[row_of, tokens] >= plan.stop_below
-                growing = [node for node, keep in zip(growing, sure.tolist(), strict=True) if keep]
-            if not growing:
-                break
-        if draw is Draw.SAMPLED and len(tree):
-            return Proposal.sampled(tree, torch.cat(drawn_from), q_rows)
-        return Proposal(tree, (draw,) * len(tree))
 
-    @staticmethod
-    def _draw(scores_FV: Tensor, q_FV: Tensor, draw: Draw, count: int, position: int, chance: Chance) -> Tensor:
-        """`[F, count]` children in drawing order; -1 where there are fewer."""
-        if draw is Draw.SHARED:
-            return chance.race(q_FV, [position] * len(q_FV), count)
-        if draw is Draw.SAMPLED:
-            return without_replacement(q_FV, count, chance)
-        best, index = scores_FV.topk(min(count, scores_FV.shape[-1]))
-        return torch.where(best.isinf(), -1, index) if count > 1 else index
+        def expand(ran: TokenTree) -> Steps[Tensor]:
+            return (yield from session.forwarding(ran)).logits
+
+        state.grown = yield from grow(expand, plan, state.request, session.tokens, chance)
+        return state.grown.proposal
 
     def observe(self, state: ModelState, outcome: Outcome) -> ModelState:
-        state.session.commit(outcome.path, self._known(outcome.tokens))
+        path = state.grown.ran_path(outcome.path) if state.grown is not None else []
+        state.session.commit(path, self._known(outcome.tokens))
         return state
 
     def warmup(self) -> None:

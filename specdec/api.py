@@ -20,6 +20,7 @@ from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafte
 from specdec.policy import Policy
 from specdec.proposal import Draw
 from specdec.runtime.choose import fastest_dtype, open_backend
+from specdec.runtime.features import Features
 from specdec.runtime.prefix import PrefixCache, default_bytes
 from specdec.runtime.session import Session
 from specdec.sampling import Sampling
@@ -83,6 +84,7 @@ class SpeculativeDecoder:
         self.memory_budget = memory_budget
         self.prefixes = PrefixCache(default_bytes(capabilities.device) if prefix_cache is None else prefix_cache)
         self._check_parts(self.drafter, self.verifier, self.policy)
+        self.backend.expose(self.drafter.hidden)
 
     def _check_parts(self, drafter: Drafter, verifier: Verifier, policy: Policy) -> Draw:
         if not verifier.lossless and not self.allow_lossy:
@@ -96,6 +98,11 @@ class SpeculativeDecoder:
             raise IncompatiblePairError(
                 f"the {verifier.name} verifier cannot take {what} from the {drafter.name} drafter; "
                 f"these can: {', '.join(fitting_verifiers(drafter, policy))}"
+            )
+        if drafter.hidden and not self.backend.capabilities.hidden_states:
+            raise IncompatiblePairError(
+                f"the {drafter.name} drafter reads hidden states of the target, which this backend does not give; "
+                "use backend='eager', or another drafter"
             )
         if policy.branches and not drafter.trees:
             raise IncompatiblePairError(f"the {drafter.name} drafter proposes chains; policy {policy.name} wants trees")
@@ -197,6 +204,9 @@ class SpeculativeDecoder:
             )
         ids = self._prompt_ids(prompt)
         capabilities = self.backend.capabilities
+        if drafter.hidden:
+            self.backend.expose(drafter.hidden)
+        session = Session(self.backend.fork(0), drafter.hidden)
         request = Request(
             prompt=tuple(ids),
             sampling=sampling,
@@ -204,13 +214,14 @@ class SpeculativeDecoder:
             vocab_size=capabilities.vocab_size,
             max_length=min(capabilities.context, len(ids) + max_new_tokens),
             eos_ids=self._eos_ids(eos_token_id),
+            features=Features(session) if drafter.hidden else None,
         )
         trace = Trace()
         trace.lossless = verifier.lossless
         reuse = reuse_prefix and self.prefixes.limit > 0
         return Task(
             request=request,
-            target=Session(self.backend.fork(0)),
+            target=session,
             drafter=GuardedDrafter(drafter, verifier, trace, strict),
             verifier=verifier,
             policy=policy,

@@ -12,6 +12,7 @@ from torch import Tensor
 from specdec.chance import Chance
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
+from specdec.runtime.features import Features
 from specdec.runtime.session import Session, Steps, run
 from specdec.sampling import Sampling
 
@@ -26,6 +27,7 @@ class Request:
     vocab_size: int  # the target's
     max_length: int  # prompt and text together never get longer
     eos_ids: frozenset[int] = frozenset()
+    features: Features | None = None  # the target's hidden states, for a drafter that names some in `hidden`
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,9 @@ class Drafter(ABC):
     #: Whether its trees are well-formed by construction. Looking at every drafted token, which is done otherwise,
     #: waits for the device that drew them.
     trusted: ClassVar[bool] = False
+    #: Hidden states of the target that it reads in `request.features`, by their index in `transformers`'
+    #: `hidden_states`: 0 the embeddings, i the input of layer i, the number of layers the last, after the final norm.
+    hidden: tuple[int, ...] = ()
 
     @classmethod
     def build(cls, context: BuildContext, **options: Any) -> Drafter:

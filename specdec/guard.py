@@ -33,6 +33,7 @@ class GuardedDrafter(ModelRunner):
 
     def __init__(self, inner: Drafter, verifier: Verifier, trace: Trace, strict: bool = False):
         self.inner, self.verifier, self.trace, self.strict = inner, verifier, trace, strict
+        self.hidden = inner.hidden
 
     @property
     def name(self) -> str:

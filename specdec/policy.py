@@ -6,13 +6,14 @@ A policy is a frozen description; `start` gives the run that learns during one t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Protocol
 
 from specdec.costs import cost_at
 from specdec.errors import InputError
+from specdec.tree import structure
 
 if TYPE_CHECKING:
     from specdec.goodput import Load
@@ -27,8 +28,11 @@ def check_k(k: int) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One round's budget. `branching[d]`: children of every node at depth d; empty means a chain.
+    """One round's budget, `depth` tokens deep. Empty `branching` and `shape` and no `budget` mean a chain.
 
+    `branching[d]`: children of every node at depth d. `shape`: the parents of a fixed tree's nodes, -1 for the root,
+    parents first; siblings come in drawing order. `budget`: that many nodes at most, the most probable ones among the
+    children of the `width` most probable nodes of each level.
     `stop_below`: stop *after* a drafted token whose own draft probability is below it. The token is kept and
     verified, which is what makes the rule exact (algorithm notes: dropping it is not).
     """
@@ -36,6 +40,9 @@ class Plan:
     depth: int
     branching: tuple[int, ...] = ()
     stop_below: float = 0.0
+    shape: tuple[int, ...] = ()
+    budget: int = 0
+    width: int = 8
 
     def children(self, depth: int) -> int:
         return self.branching[depth] if depth < len(self.branching) else 1
@@ -43,11 +50,27 @@ class Plan:
     @property
     def num_nodes(self) -> int:
         """Of the largest tree within this plan."""
+        if self.shape:
+            return len(self.shape)
+        if self.budget:
+            return self.budget
         counts = list(accumulate((self.children(depth) for depth in range(self.depth)), mul))
         return sum(counts)
 
     def limited(self, depth: int) -> Plan:
-        return self if self.depth <= depth else Plan(max(0, depth), self.branching[: max(0, depth)], self.stop_below)
+        """The part of this plan that is at most `depth` deep."""
+        if self.depth <= depth:
+            return self
+        depth = max(0, depth)
+        return replace(self, depth=depth, branching=self.branching[:depth], shape=cut(self.shape, depth))
+
+
+def cut(parents: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """The parents of the nodes that are at most `depth` deep."""
+    depths = structure(parents).depths
+    kept = [node for node in range(len(parents)) if depths[node] <= depth]
+    number = {-1: -1, **{node: i for i, node in enumerate(kept)}}
+    return tuple(number[parents[node]] for node in kept)
 
 
 class RoundFacts(Protocol):
@@ -97,7 +120,7 @@ class Policy(ABC):
 
 
 @dataclass
-class _Constant(PolicyRun):
+class Constant(PolicyRun):
     value: Plan
 
     def plan(self) -> Plan:
@@ -126,7 +149,7 @@ class Fixed(Policy):
         return f"fixed(k={self.k}{', tree ' + shape if self.branches else ''})"
 
     def start(self) -> PolicyRun:
-        return _Constant(Plan(self.k, self.branching))
+        return Constant(Plan(self.k, self.branching))
 
 
 @dataclass(frozen=True)
@@ -146,7 +169,7 @@ class Confidence(Policy):
         return f"confidence(threshold={self.threshold}, k={self.k})"
 
     def start(self) -> PolicyRun:
-        return _Constant(Plan(self.k, stop_below=self.threshold))
+        return Constant(Plan(self.k, stop_below=self.threshold))
 
 
 @dataclass

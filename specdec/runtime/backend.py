@@ -1,6 +1,6 @@
 """How a session's step runs. A backend owns the keys and values; the session owns tokens, trees and positions.
 
-Shape suffixes: M rows of one step, B slots of its block, C cached slots, V vocabulary, H hidden.
+Shape suffixes: M rows of one step, B slots of its block, C cached slots, V vocabulary, W width of hidden states.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class Step:
     the block's last M slots. Small tensors may be shared between steps: read them, never write.
 
     A sliding layer also hides slots whose position lies `window` or more behind the row's. Logits are wanted for the
-    last `num_logits` rows. Tensors lie on the host, but for `tokens` that a draft left on its device.
+    last `num_logits` rows. Tensors lie on the host, but for `tokens` and `inputs_MW` that a draft left on its device.
+
+    `hidden`: which hidden states of all rows are wanted, by their index in `transformers`' `hidden_states` (0: the
+    embeddings, i: the input of layer i, the number of layers: the last, after the final norm). `inputs_MW`: what a
+    model that says so (`input_width`) is given for each row besides its token, as `features=`.
     """
 
     tokens: Tensor
@@ -50,7 +54,8 @@ class Step:
     block_positions_B: Tensor
     start: int
     num_logits: int
-    hidden: bool = False
+    hidden: tuple[int, ...] = ()
+    inputs_MW: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -80,7 +85,7 @@ class Step:
 @dataclass(frozen=True)
 class StepResult:
     logits: Tensor  # [num_logits, V]
-    hidden: tuple[Tensor, ...] | None = None  # per layer boundary, [num_logits, H]
+    hidden_MW: Tensor | None = None  # of all rows, the states asked for side by side
 
 
 class Backend(ABC):
@@ -125,6 +130,10 @@ class Backend(ABC):
 
     def warmup(self) -> None:
         """Do now what would otherwise be done once it pays, such as compiling."""
+        return None
+
+    def expose(self, hidden: Sequence[int]) -> None:
+        """Steps of this family will ask for these hidden states: a backend that prepares its steps makes them ready."""
         return None
 
     @abstractmethod

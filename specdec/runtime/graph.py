@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ _INDUCTOR = {
     "joint_graph_constant_folding": False,
 }
 # Raised when the operators' signatures change, or what the graph is given.
-_FORMAT = 1
+_FORMAT = 2
 _INLINED = 8
 # Fields of a configuration that say where a model came from, not what it computes (dtypes are known by tensor).
 _UNIMPORTANT = {"architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -59,6 +59,8 @@ def fingerprint(model: NativeModel) -> str:
         "config": config,
         "tensors": shapes,
         "inlined": inlined,
+        "hidden": model.hidden,
+        "input_width": model.input_width,
         "versions": [torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -71,7 +73,8 @@ def folder() -> Path:
 class Graph:
     """A loaded graph with the weights of one model bound to it.
 
-    `graph(tokens [1, M], positions [1, M], rows [L], handle [1]) -> logits [L, V]`.
+    `graph(tokens [1, M], positions [1, M], rows [L], handle [1][, inputs [1, M, W]]) -> [logits [L, V], hidden states
+    [M, W] ...]`.
     """
 
     def __init__(self, path: Path, model: NativeModel):
@@ -86,8 +89,8 @@ class Graph:
         package.load_constants(self._bound, check_full_update=True, user_managed=True)
         self._run: Callable[[list[Tensor]], list[Tensor]] = package.loader.run
 
-    def __call__(self, tokens: Tensor, positions: Tensor, rows: Tensor, handle: Tensor) -> Tensor:
-        return self._run([tokens, positions, rows, handle])[0]
+    def __call__(self, *given: Tensor) -> Sequence[Tensor]:
+        return self._run(list(given))
 
 
 def find(model: NativeModel) -> Graph | None:
@@ -101,12 +104,17 @@ def compile(model: NativeModel, handle: Tensor) -> Graph:
     target = folder() / f"{fingerprint(model)}.pt2"
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     some, few = torch.export.Dim("rows", min=1, max=MAX_ROWS), torch.export.Dim("kept", min=1, max=MAX_ROWS)
-    example = (torch.zeros(1, 5, dtype=torch.int64), torch.arange(5)[None], torch.arange(3), handle)
-    shapes = {"tokens": {1: some}, "positions": {1: some}, "rows": {0: few}, "handle": None}
+    example = [torch.zeros(1, 5, dtype=torch.int64), torch.arange(5)[None], torch.arange(3), handle]
+    shapes: dict[str, dict[int, object] | None] = {
+        "tokens": {1: some}, "positions": {1: some}, "rows": {0: few}, "handle": None
+    }  # fmt: skip
+    if model.input_width:
+        example.append(torch.zeros(1, 5, model.input_width, dtype=model.model.dtype))
+        shapes["inputs"] = {1: some}
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.no_grad():
-            program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(model, tuple(example), dynamic_shapes=shapes, strict=False)
         made = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(scratch) / "step.pt2"), inductor_configs=dict(_INDUCTOR)
         )

@@ -1,13 +1,13 @@
 """A model on the native kernels: a shallow copy that shares every weight, with other linear and attention layers.
 
 The copy's products and its attention give a row the same bits however many rows ride along. The user's model object
-stays as it was. Shape suffixes: M rows of one step.
+stays as it was. Shape suffixes: M rows of one step, W width of hidden states.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ _IGNORED = {
     "dropout",
     "is_causal",
     "output_attentions",
+    "output_hidden_states",
     "output_router_logits",
     "position_ids",
     "sliding_window",
@@ -125,13 +126,16 @@ def _stock_products(modules: Iterable[nn.Module]) -> list[str]:
 class NativeModel(nn.Module):
     """Steps of a model by the native kernels.
 
-    `forward(tokens [1, M], positions [1, M], rows [L], handle [1])` gives the logits `[L, V]` of the rows asked for;
-    keys and values go to the slots that the handle names. `stock` lists kinds of layers whose products stay stock:
-    when it is empty, a row's bits do not depend on the other rows.
+    `forward(tokens [1, M], positions [1, M], rows [L], handle [1])` gives the logits `[L, V]` of the rows asked for,
+    and each of the `hidden` states `[M, W]` of all rows; keys and values go to the slots that the handle names. A model
+    with an `input_width` is given `inputs [1, M, input_width]` too. `stock` lists kinds of layers whose products stay
+    stock: when it is empty, a row's bits do not depend on the other rows.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, hidden: Sequence[int] = ()):
         super().__init__()
+        self.hidden = tuple(hidden)
+        self.input_width = int(getattr(model, "input_width", 0))
         config = model.config.get_text_config(decoder=True)
         kinds = layer_types(config)
         window = getattr(config, "sliding_window", None) or 0
@@ -154,14 +158,15 @@ class NativeModel(nn.Module):
             config._attn_implementation = ATTENTION
         return twin
 
-    def forward(self, tokens: Tensor, positions: Tensor, rows: Tensor, handle: Tensor) -> Tensor:
-        logits: Tensor = self.run(tokens, positions, rows, handle).logits[0]
-        return logits
-
-    def run(self, tokens: Tensor, positions: Tensor, rows: Tensor, handle: Tensor, **options: Any) -> Any:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, rows: Tensor, handle: Tensor, inputs: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         # A dense mask is taken as it is; none of these layers looks at it.
         unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
-        return self.model(
+        options: dict[str, Any] = {} if inputs is None else {"features": inputs}
+        if self.hidden:
+            options["output_hidden_states"] = True
+        out = self.model(
             input_ids=tokens,
             position_ids=positions,
             attention_mask={kind: unused for kind in self.kinds} if len(self.kinds) > 1 else unused,
@@ -171,6 +176,7 @@ class NativeModel(nn.Module):
             native=NativeCall(handle, self.windows),
             **options,
         )
+        return (out.logits[0], *(out.hidden_states[i][0] for i in self.hidden))
 
 
 def unsupported(model: Any) -> str | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from specdec.errors import InputError
 from specdec.runtime.backend import Backend
+from specdec.runtime.features import FeatureStore
 from specdec.runtime.session import Session, Steps, chunk_end
 
 # By default at most this many bytes, and at most this share of the device's memory.
@@ -38,16 +38,18 @@ class _Entry:
     """The keys and values of a prompt's beginning; `keys[i]` stands for its first i + 1 chunks."""
 
     backend: Backend
+    features: FeatureStore | None
     tokens: tuple[int, ...]
     keys: tuple[int, ...]
     num_bytes: int
 
 
-def _chunks(family: object, tokens: Sequence[int], length: int) -> tuple[list[int], list[int]]:
+def _chunks(session: Session, length: int) -> tuple[list[int], list[int]]:
     """Where the whole chunks within `length` tokens end, and a key for each beginning up to there. O(length)."""
+    tokens = session.tokens
     ends: list[int] = []
     keys: list[int] = []
-    start, key = 0, hash((id(family),))
+    start, key = 0, hash((id(session.backend.family), session.hidden, session.salt))
     while (end := chunk_end(start)) <= length:
         key = hash((key, tuple(tokens[start:end])))
         ends.append(end)
@@ -106,19 +108,20 @@ class PrefixCache:
             return
         with self._lock:
             # The last token is never part of it: its forward is the first round's.
-            ends, keys = _chunks(session.backend.family, session.tokens, len(session.tokens) - 1)
+            ends, keys = _chunks(session, len(session.tokens) - 1)
             for end, key in zip(reversed(ends), reversed(keys), strict=True):
                 entry = self._by_key.get(key)
                 if entry is not None and entry.tokens[:end] == tuple(session.tokens[:end]):
                     self._touch(entry)
-                    session.adopt(entry.backend.fork(end), end)
+                    features = entry.features.fork(end) if entry.features is not None else None
+                    session.adopt(entry.backend.fork(end), end, features)
                     self.num_hits += 1
                     self.num_reused_tokens += end
                     return
 
     def _keep(self, session: Session) -> None:
         with self._lock:
-            ends, keys = _chunks(session.backend.family, session.tokens, session.num_cached)
+            ends, keys = _chunks(session, session.num_cached)
             if not ends:
                 return
             known = self._by_key.get(keys[-1])
@@ -126,7 +129,7 @@ class PrefixCache:
                 self._touch(known)
                 return
             # A fork has the capacity of what it was forked from.
-            need = session.backend.num_bytes
+            need = session.num_bytes
             if need > min(self.limit, self._room):
                 return
             self._evict(need)
@@ -135,7 +138,9 @@ class PrefixCache:
                 if shorter is not None:
                     self._drop(shorter)
             backend = session.backend.fork(ends[-1])
-            entry = _Entry(backend, tuple(session.tokens[: ends[-1]]), tuple(keys), backend.num_bytes)
+            features = session.features.fork(ends[-1]) if session.features is not None else None
+            size = backend.num_bytes + (features.num_bytes if features is not None else 0)
+            entry = _Entry(backend, features, tuple(session.tokens[: ends[-1]]), tuple(keys), size)
             self._entries[keys[-1]] = entry
             self._by_key.update(dict.fromkeys(keys, entry))
 

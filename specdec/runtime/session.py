@@ -7,12 +7,12 @@ the catch-up of a draft model after full acceptance, plain decoding and tree ver
 What needs the model is written as a generator of `Call`s, each answered with its `StepResult`. `run` answers them at
 once; a batch collects those of many texts and answers them together.
 
-Shape suffixes: M rows of one step, B slots of its block, N tree nodes, V vocabulary.
+Shape suffixes: M rows of one step, B slots of its block, N tree nodes, V vocabulary, W width of hidden states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +23,7 @@ from torch import Tensor
 from specdec.errors import InputError
 from specdec.history import History
 from specdec.runtime.backend import Backend, Step, StepResult
+from specdec.runtime.features import FeatureStore
 from specdec.tree import TokenTree, structure
 
 # Rows of one prefill step: bounds the logits and attention scratch of long prompts.
@@ -83,7 +84,7 @@ class Rows:
 
     nodes: tuple[int, ...]
     logits: Tensor  # [len(nodes), V]
-    hidden: tuple[Tensor, ...] | None = None
+    hidden: Tensor | None = None  # [len(nodes), W]
 
 
 def chunk_end(start: int) -> int:
@@ -120,10 +121,19 @@ def _make_block(num_pending: int, parents: tuple[int, ...], first: int) -> tuple
 
 
 class Session:
-    """`append` tokens, `forward` a tree, `commit` a path, `rewind` to a length, `fork` a prefilled prompt."""
+    """`append` tokens, `forward` a tree, `commit` a path, `rewind` to a length, `fork` a prefilled prompt.
 
-    def __init__(self, backend: Backend):
+    `hidden`: hidden states that every step returns and `features` keeps, see `Step`. `salt`: what the keys and values
+    depend on besides model and tokens, for reuse by prompts that begin alike. A model that reads inputs besides tokens
+    gets them with the tokens that are appended, and with the nodes of a tree.
+    """
+
+    def __init__(self, backend: Backend, hidden: Sequence[int] = (), salt: Hashable = None):
         self.backend = backend
+        self.hidden, self.salt = tuple(hidden), salt
+        self.features = FeatureStore() if self.hidden else None
+        self._inputs: Tensor | None = None  # of the tokens from `_inputs_from` on
+        self._inputs_from = 0
         self.tokens = History()
         self.num_cached = 0  # leading tokens whose keys and values stand in the cache
         self.tree = TokenTree.empty()  # nodes computed since the last commit
@@ -133,12 +143,30 @@ class Session:
     def context(self) -> int:
         return self.backend.capabilities.context
 
-    def append(self, tokens: Sequence[int]) -> None:
+    def append(self, tokens: Sequence[int], inputs_MW: Tensor | None = None) -> None:
         """Add committed tokens; they are computed by the next forward, and nothing before them is computed again."""
         if not tokens:
             return
+        if inputs_MW is not None:
+            self._add_inputs(inputs_MW)
         self.tree = TokenTree.empty()
         self.tokens.extend(tokens)
+
+    def _add_inputs(self, inputs_MW: Tensor) -> None:
+        """Of tokens that are appended now. Those of the last computed token stay: it may be computed again."""
+        keep = max(self._inputs_from, min(self.num_cached, len(self.tokens) - 1)) if self._inputs is not None else 0
+        if self._inputs is None or keep >= len(self.tokens):
+            self._inputs, self._inputs_from = inputs_MW, len(self.tokens)
+        else:
+            kept = self._inputs[keep - self._inputs_from : len(self.tokens) - self._inputs_from]
+            self._inputs, self._inputs_from = torch.cat((kept, inputs_MW)), keep
+
+    def _inputs_of(self, start: int, end: int) -> Tensor | None:
+        if self._inputs is None:
+            return None
+        if start < self._inputs_from:
+            raise InputError("a token is to be computed again whose inputs are gone; append it again, with its inputs")
+        return self._inputs[start - self._inputs_from : end - self._inputs_from]
 
     def prefill(self) -> None:
         """Compute every pending token but the last, in chunks."""
@@ -148,17 +176,24 @@ class Session:
         """`prefill`, asking for its steps."""
         while len(self.tokens) - 1 > self.num_cached:
             end = min(chunk_end(self.num_cached), len(self.tokens) - 1)
-            yield Call(self.backend, self._step(self.tokens[self.num_cached : end], TokenTree.empty(), 1, False))
+            step = self._step(self.tokens[self.num_cached : end], TokenTree.empty(), 1)
+            self._remember(step, (yield Call(self.backend, step)))
             self.num_cached = end
 
-    def forward(self, tree: TokenTree | None = None, *, hidden: bool = False) -> Rows:
+    def _remember(self, step: Step, result: StepResult) -> None:
+        if self.features is not None:
+            assert result.hidden_MW is not None
+            self.features.write(step.start, result.hidden_MW)
+
+    def forward(self, tree: TokenTree | None = None, inputs_MW: Tensor | None = None) -> Rows:
         """Logits of the root (when it is still pending) and of the nodes that are new since the last forward.
 
         A tree that is longer than the last one must start with the same nodes: this is how a drafter grows one.
+        `inputs_MW`: of the new nodes, for a model that reads inputs.
         """
-        return run(self.forwarding(tree, hidden=hidden))
+        return run(self.forwarding(tree, inputs_MW))
 
-    def forwarding(self, tree: TokenTree | None = None, *, hidden: bool = False) -> Steps[Rows]:
+    def forwarding(self, tree: TokenTree | None = None, inputs_MW: Tensor | None = None) -> Steps[Rows]:
         """`forward`, asking for its steps: one, and those of a prefill before it when much is pending."""
         tree = tree if tree is not None else TokenTree.empty()
         if not self.tokens:
@@ -172,12 +207,14 @@ class Session:
         nodes = ((-1,) if pending else ()) + tuple(range(first, len(tree)))
         if not nodes:
             raise InputError("forward(tree): nothing is new; every row was returned before")
-        result = yield Call(self.backend, self._step(pending, tree, len(nodes), hidden))
+        step = self._step(pending, tree, len(nodes), inputs_MW)
+        result = yield Call(self.backend, step)
+        self._remember(step, result)
         self.num_cached = len(self.tokens)
         self.tree = tree
-        return Rows(nodes, result.logits, result.hidden)
+        return Rows(nodes, result.logits, None if result.hidden_MW is None else result.hidden_MW[-len(nodes) :])
 
-    def _step(self, pending: Sequence[int], tree: TokenTree, num_logits: int, hidden: bool) -> Step:
+    def _step(self, pending: Sequence[int], tree: TokenTree, num_logits: int, inputs_MW: Tensor | None = None) -> Step:
         """Of the pending tokens and the nodes that were not computed yet. Nothing here grows with the text."""
         first, prefix = len(self.tree), self.num_cached
         block, offsets = _make_block(len(pending), tree.parents, first)
@@ -186,7 +223,10 @@ class Session:
             new = tree.tokens[first:] if first else tree.tokens
             tokens = torch.cat((tokens.to(new.device), new)) if pending else new
         start = prefix + (0 if pending else first)
-        return Step(tokens, prefix, block, offsets + prefix, start, num_logits, hidden)
+        inputs = [self._inputs_of(prefix, prefix + len(pending)) if pending else None, inputs_MW]
+        given = [rows for rows in inputs if rows is not None]
+        joined = torch.cat(given) if len(given) > 1 else given[0] if given else None
+        return Step(tokens, prefix, block, offsets + prefix, start, num_logits, self.hidden, joined)
 
     def _alone(self, token: int | Tensor, slot: int) -> Tensor:
         """Logits `[V]` of one row over the slots before its own: the step of plain decoding."""
@@ -225,7 +265,10 @@ class Session:
         computed = [node for node in path if node < len(self.tree)]
         base = len(self.tokens)
         if self.num_cached == base:  # else the nodes were never computed
-            self.backend.gather([base + node for node in computed], base)
+            slots = [base + node for node in computed]
+            self.backend.gather(slots, base)
+            if self.features is not None:
+                self.features.gather(slots, base)
             self.num_cached += len(computed)
         self.tokens.extend(tokens)
         self.tree = TokenTree.empty()
@@ -242,15 +285,29 @@ class Session:
         self.tokens.truncate(length)
         self.drop_tree()
 
-    def adopt(self, backend: Backend, length: int) -> None:
-        """Take over a backend of the same family that holds the first `length` tokens; nothing is computed yet."""
+    def adopt(self, backend: Backend, length: int, features: FeatureStore | None = None) -> None:
+        """Take over a backend of the same family that holds the first `length` tokens, and their hidden states.
+
+        Nothing is computed yet.
+        """
         if self.num_cached or length >= len(self.tokens) or backend.family is not self.backend.family:
             raise InputError("adopt: a session that computed nothing takes fewer tokens than it has, of its own model")
         self.backend, self.num_cached, self.num_reused = backend, length, length
+        if self.features is not None:
+            assert features is not None
+            self.features = features
 
     def fork(self) -> Session:
         """An independent session with the same committed tokens and a copy of their keys and values."""
-        twin = Session(self.backend.fork(self.num_cached))
+        twin = Session(self.backend.fork(self.num_cached), self.hidden, self.salt)
         twin.tokens = History(self.tokens)
         twin.num_cached = self.num_cached
+        twin._inputs, twin._inputs_from = self._inputs, self._inputs_from
+        if self.features is not None:
+            twin.features = self.features.fork(self.num_cached)
         return twin
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys, values and kept hidden states."""
+        return self.backend.num_bytes + (self.features.num_bytes if self.features is not None else 0)

@@ -6,6 +6,7 @@ The worker builds the model from its configuration, without weights: the graph h
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import subprocess
 import sys
@@ -33,6 +34,7 @@ class Worker:
             "name": type(inner).__qualname__,
             "config": inner.config.to_dict(),
             "dtype": _name(inner.dtype),
+            "hidden": model.hidden,
             "dtypes": {name: _name(tensor.dtype) for name, tensor in graph.tensors(model).items()},
             "fingerprint": graph.fingerprint(model),
         }
@@ -65,17 +67,16 @@ class Worker:
 
 
 def main() -> None:
-    import transformers
     from transformers.initialization import no_init_weights
 
     order = json.load(sys.stdin)
-    if not order["module"].startswith("transformers."):
+    if order["module"].partition(".")[0] not in ("transformers", "specdec"):
         raise SystemExit(f"{order['name']} is not a model of transformers: compile it with decoder.warmup()")
-    kind = getattr(transformers, order["name"])
+    kind = getattr(importlib.import_module(order["module"]), order["name"])
     config = kind.config_class.from_dict(order["config"])
     with no_init_weights():  # buffers have their values: small ones are written into the code
         empty = kind._from_config(config, dtype=getattr(torch, order["dtype"]))
-    model = NativeModel(empty.eval())
+    model = NativeModel(empty.eval(), order["hidden"])
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         # A model that was converted after loading has its buffers in other dtypes than its class makes them.
         parent, _, leaf = name.rpartition(".")

@@ -21,6 +21,7 @@ from specdec import registry
 from specdec.drafter import Drafter
 from specdec.generation import Stream
 from specdec.policy import Confidence, Fixed, Heuristic, Policy, Throughput
+from specdec.tree_policy import DynamicTree, StaticTree
 from specdec.verifier import Verifier
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
@@ -47,6 +48,8 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "fixed-1": lambda: Fixed(1),
     "fixed-4": lambda: Fixed(4),
     "tree": lambda: Fixed(3, (3, 2)),
+    "shape": lambda: StaticTree((-1, -1, 0, 0, 1, 2, 2, 5)),
+    "dynamic-tree": lambda: DynamicTree(budget=8, k=4, width=3),
     "confidence": lambda: Confidence(0.5, k=6),
     "heuristic": lambda: Heuristic(3, limit=6),
     "throughput": lambda: Throughput(k=3, limit=6, probe_every=4),
@@ -149,7 +152,8 @@ def test_plain_decoding_is_the_cache_free_loop(temperature: float, filters: str)
 def test_coupled_keeps_the_seed(drafter: str, temperature: float, filters: str) -> None:
     options = {"temperature": temperature, "seed": 11, **FILTERS[filters]}
     made = make_drafter(drafter)
-    for policy in (Fixed(4), Fixed(3, (3, 2))) if made.trees else (Fixed(4),):
+    trees = (Fixed(3, (3, 2)), StaticTree((-1, -1, 0, 0, 1, 2)), DynamicTree(6, 3, 3)) if made.trees else ()
+    for policy in (Fixed(4), *trees):
         out = decoder(made, "coupled", policy).generate(PROMPT, max_new_tokens=24, strict=True, **options)
         assert out.tokens == plain_text(24, **options)
 
@@ -232,7 +236,7 @@ def test_a_draft_that_is_always_wrong_costs_time_only(verifier: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("policy", ["fixed-4", "tree"])
+@pytest.mark.parametrize("policy", ["fixed-4", "tree", "shape", "dynamic-tree"])
 @pytest.mark.parametrize("drafter", DRAFTER_NAMES)
 def test_after_every_round_it_is_as_if_nothing_had_been_drafted(drafter: str, policy: str, temperature: float) -> None:
     made, plan = make_drafter(drafter), POLICIES[policy]()
@@ -250,7 +254,7 @@ def test_after_every_round_it_is_as_if_nothing_had_been_drafted(drafter: str, po
 
 
 @pytest.mark.parametrize("verifier", ["coupled", "ratio", "recursive", "match"])
-@pytest.mark.parametrize("policy", ["fixed-4", "tree", "confidence"])
+@pytest.mark.parametrize("policy", ["fixed-4", "tree", "shape", "dynamic-tree", "confidence"])
 @pytest.mark.parametrize("drafter", DRAFTER_NAMES)
 def test_same_state_same_proposal(drafter: str, policy: str, verifier: str) -> None:
     made, rule, plan = make_drafter(drafter), make_verifier(verifier), POLICIES[policy]()

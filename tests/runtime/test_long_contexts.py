@@ -83,7 +83,7 @@ class Flat(Backend):
 
     def forward(self, step: Step) -> StepResult:
         assert set(vars(step)) == {
-            "tokens", "prefix", "block_MB", "block_positions_B", "start", "num_logits", "hidden",
+            "tokens", "prefix", "block_MB", "block_positions_B", "start", "num_logits", "hidden", "inputs_MW",
         }  # fmt: skip  # nobody made a dense mask
         return StepResult(self.table[step.tokens[-step.num_logits :]])
 

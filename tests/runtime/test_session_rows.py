@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import tiny_models
@@ -10,8 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from specdec.errors import InputError
+from specdec.kernels import ops
 from specdec.runtime import cache as cache_module
 from specdec.runtime import session as session_module
+from specdec.runtime.features import Features
 from specdec.runtime.session import Rows, Session
 from specdec.tree import TokenTree
 
@@ -130,21 +134,97 @@ def test_random_lives_match_cache_free_forwards(name: str, attention: str, dtype
     live()
 
 
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_hidden_states_are_those_of_the_same_rows(name: str) -> None:
+def test_hidden_states_are_those_of_the_same_rows(name: str, backend: str) -> None:
+    if backend == "compiled" and not ops.available():
+        pytest.skip(str(ops.why_not()))
     model = tiny_models.tiny(name)
-    session = tiny_models.session(model, [3, 5, 7, 11])
-    tree = TokenTree.of([2, 4, 6], [-1, -1, 0])
-    rows = session.forward(tree, hidden=True)
+    hidden = (0, 1, model.config.num_hidden_layers)
+    width = model.get_input_embeddings().weight.shape[1]
+    plain = tiny_models.session(model, backend=backend)
+    plain.backend.expose(hidden)
+    session = Session(plain.backend.fork(0), hidden)
+    prompt = [i % 60 + 1 for i in range(150)]  # two chunks
+    session.append(prompt)
+    session.prefill()
+    tree = TokenTree.of([2, 4, 6, 8], [-1, -1, 1, 2])
+    rows = session.forward(tree)
     assert rows.hidden is not None
-    assert len(rows.hidden) == model.config.num_hidden_layers + 1
-    # The root is the last of four pending rows: only its hidden state and the nodes' are returned.
-    for node, row in zip(rows.nodes, range(len(rows.logits) - len(rows.nodes), len(rows.logits)), strict=True):
-        prefix = [3, 5, 7, 11, *tree.tokens[list(tree.path(node))].tolist()]
+    assert rows.hidden.shape == (len(rows.nodes), len(hidden) * width)
+    with torch.inference_mode():
+        for node, row in zip(rows.nodes, rows.hidden, strict=True):
+            prefix = [*prompt, *tree.tokens[list(tree.path(node))].tolist()]
+            states = model(input_ids=torch.tensor([prefix]), use_cache=False, output_hidden_states=True).hidden_states
+            torch.testing.assert_close(row, torch.cat([states[i][0, -1] for i in hidden]), rtol=1e-9, atol=1e-9)
+    features = Features(session)
+    session.commit([1, 2], [4, 6, 9])
+    assert len(features) == len(prompt) + 2  # the last token was not computed yet
+    twin = session.fork()
+    for kept in (features, Features(twin)):
         with torch.inference_mode():
-            expected = model(input_ids=torch.tensor([prefix]), use_cache=False, output_hidden_states=True)
-        for mine, theirs in zip(rows.hidden, expected.hidden_states, strict=True):
-            torch.testing.assert_close(mine[row], theirs[0, -1], rtol=1e-10, atol=1e-10)
+            states = model(input_ids=torch.tensor([[*prompt, 4, 6]]), use_cache=False, output_hidden_states=True)
+        expected = torch.cat([states.hidden_states[i][0] for i in hidden], -1)
+        torch.testing.assert_close(kept.read(0), expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(InputError, match="and there are 152"):
+        features.read(0, 153)
+    session.rewind(100)
+    assert len(features) == 99
+
+
+class Summing(torch.nn.Module):
+    """A model that adds what it is given for each row to the row's embedding."""
+
+    input_width = 16
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.inner.get_output_embeddings()
+
+    def forward(self, input_ids: torch.Tensor, features: torch.Tensor, **options: Any) -> Any:
+        return self.inner(inputs_embeds=self.inner.get_input_embeddings()(input_ids) + features, **options)
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_a_model_is_given_the_inputs_of_each_row(backend: str) -> None:
+    if backend == "compiled" and not ops.available():
+        pytest.skip(str(ops.why_not()))
+    model = Summing(tiny_models.tiny("llama")).eval()
+    inputs = torch.randn(12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = [3, 5, 7, 11, 13, 17]
+
+    def expected(path: list[int], rows: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(torch.tensor([path]), inputs[rows][None], use_cache=False).logits[0, -1]
+
+    session = tiny_models.session(model, backend=backend)
+    session.append(tokens[:5], inputs[:5])
+    session.append(tokens[5:], inputs[5:6])
+    for _ in range(2):  # dropping the tree computes the last token again, with its inputs
+        tree = TokenTree.of([2, 4], [-1, -1])
+        rows = session.forward(tree, inputs[6:8])
+        torch.testing.assert_close(rows.logits[0], expected(tokens, list(range(6))), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(rows.logits[2], expected([*tokens, 4], [0, 1, 2, 3, 4, 5, 7]), rtol=1e-9, atol=1e-9)
+        rows = session.forward(tree.extend(torch.tensor([6]), [1]), inputs[8:9])
+        torch.testing.assert_close(
+            rows.logits[0], expected([*tokens, 4, 6], [0, 1, 2, 3, 4, 5, 7, 8]), rtol=1e-9, atol=1e-9
+        )
+        session.drop_tree()
+    # What follows are committed tokens with inputs of their own; the nodes are gone.
+    session.forward()
+    session.append([8, 9], inputs[9:11])
+    logits = session.forward().logits[-1]
+    torch.testing.assert_close(logits, expected([*tokens, 8, 9], [0, 1, 2, 3, 4, 5, 9, 10]), rtol=1e-9, atol=1e-9)
+    session.rewind(3)
+    with pytest.raises(InputError, match="inputs are gone"):
+        session.forward()
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "qwen2-sliding"])

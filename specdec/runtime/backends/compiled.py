@@ -1,6 +1,6 @@
 """The compiled backend: native kernels under one ahead-of-time graph for any number of rows and sequences.
 
-Shape suffixes: M rows of one step, V vocabulary.
+Shape suffixes: M rows of one step, V vocabulary, W width of hidden states.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
 _CHECK_TOKENS = 6
 
 
-def _check_step(capabilities: Capabilities) -> Step:
+def _check_step(capabilities: Capabilities, input_width: int) -> Step:
     """A few rows of a short text, for `_apart`."""
     rows = torch.arange(min(_CHECK_TOKENS, capabilities.context))
     block = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-    return Step(rows % capabilities.vocab_size, 0, block, rows, 0, len(rows))
+    inputs = torch.ones(len(rows), input_width, dtype=capabilities.dtype) if input_width else None
+    return Step(rows % capabilities.vocab_size, 0, block, rows, 0, len(rows), inputs_MW=inputs)
 
 
 def _apart(logits: Tensor, reference: Tensor) -> float | None:
@@ -61,28 +62,57 @@ class _Shared:
         self.graph: graph.Graph | None = None
         self.worker: Worker | None = None
         self.failure: str | None = None
+        self.looked = False  # for a graph that is there already
+        self.at_once = when == "now"
         self.python_seconds = 0.0
         # Bits differ between the graph and the model's own Python: it comes by itself only where tokens hardly notice.
         self.may_switch = stock.capabilities.dtype in (torch.float32, torch.float64)
 
-    def logits(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    def run(self, tokens: Tensor, positions: Tensor, rows: Tensor, inputs: Tensor | None) -> Sequence[Tensor]:
+        """Logits `[L, V]`, then the exposed hidden states, `[M, W]` each."""
+        given = [tokens[None], positions[None], rows, self.handle]
+        if inputs is not None:
+            given.append(inputs[None])
         if self.graph is not None and len(tokens) <= graph.MAX_ROWS:
-            return self.graph(tokens[None], positions[None], rows, self.handle)
+            return self.graph(*given)
         started = time.perf_counter()
-        out: Tensor = self.native(tokens[None], positions[None], rows, self.handle)
+        out: tuple[Tensor, ...] = self.native(*given)
         self.python_seconds += time.perf_counter() - started
         return out
 
-    def with_hidden(self, steps: Sequence[Step], tokens: Tensor, positions: Tensor, rows: Tensor) -> list[StepResult]:
-        """Hidden states come from the model's own Python: the graph has none."""
-        out = self.native.run(tokens[None], positions[None], rows, self.handle, output_hidden_states=True)
-        sizes = [step.num_logits for step in steps]
-        hidden = [h[0].index_select(0, rows).split(sizes) for h in out.hidden_states]
-        return [StepResult(logits, tuple(h[i] for h in hidden)) for i, logits in enumerate(out.logits[0].split(sizes))]
+    def expose(self, hidden: Sequence[int]) -> None:
+        """Return these hidden states too from now on. A graph without them is given up for one that has them."""
+        with self.lock:
+            union = tuple(sorted({*self.native.hidden, *hidden}))
+            if union == self.native.hidden:
+                return
+            self.native.hidden = union
+            # Whoever compiled the last one wants this one compiled.
+            self.at_once = self.at_once or self.graph is not None
+            self.graph, self.worker, self.failure, self.looked = None, None, None, False
+
+    def hidden_rows(self, wanted: tuple[int, ...], exposed: Sequence[Tensor]) -> Tensor | None:
+        """The states that a step asked for, of all rows of the call, side by side: `[M, W]`."""
+        if not wanted:
+            return None
+        missing = [i for i in wanted if i not in self.native.hidden]
+        if missing:
+            raise InputError(f"hidden state {missing[0]} was not announced: call backend.expose({list(wanted)}) first")
+        parts = [exposed[self.native.hidden.index(i)] for i in wanted]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def adopt(self) -> None:
         """Between texts: load what a worker has compiled meanwhile, or start one when it pays."""
-        if self.graph is not None or self.when != "auto" or not self.may_switch or self.failure:
+        if self.graph is not None or self.when == "never" or self.failure:
+            return
+        if not self.looked:
+            self.looked = True
+            if self.at_once:
+                self.compile()
+            else:
+                self.find()
+            return
+        if self.when != "auto" or not self.may_switch:
             return
         if self.worker is None:
             if self.python_seconds > SECONDS_BEFORE:
@@ -96,7 +126,7 @@ class _Shared:
         """Use a graph from now on. Raises when its logits are not those of the model's own Python."""
         if made is None:
             return
-        step = _check_step(self.stock.capabilities)
+        step = _check_step(self.stock.capabilities, self.native.input_width)
         python = CompiledBackend(self).forward(step).logits
         self.graph = made
         try:
@@ -157,18 +187,16 @@ class CompiledBackend(Backend):
             raise UnsupportedModelError(f"{reason}; use backend='eager'")
         backend = cls(_Shared(model, stock, when))
         backend._check()
-        if when != "never":
-            backend._shared.find()
         if when == "now":
             backend.warmup()
         return backend
 
     def _check(self) -> None:
         """Compare a few rows with the stock step: an attention layer may do what no argument tells."""
-        step = _check_step(self.capabilities)
+        step = _check_step(self.capabilities, self._shared.native.input_width)
         name = type(self._shared.stock.model).__name__
         try:
-            mine = self.fork(0).forward(step).logits
+            mine = type(self)(self._shared).forward(step).logits
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -196,6 +224,7 @@ class CompiledBackend(Backend):
 
     @property
     def describes(self) -> str:
+        self._shared.adopt()
         kind = "one compiled graph" if self._shared.graph is not None else "the model's own Python"
         stock = f", stock products in {', '.join(self._shared.native.stock)}" if self._shared.native.stock else ""
         return f"native kernels ({ops.isa()}), {kind}{stock}"
@@ -203,6 +232,9 @@ class CompiledBackend(Backend):
     def warmup(self) -> None:
         if self._shared.graph is None:
             self._shared.compile()
+
+    def expose(self, hidden: Sequence[int]) -> None:
+        self._shared.expose(hidden)
 
     def forward(self, step: Step) -> StepResult:
         return type(self).forward_many([self], [step])[0]
@@ -222,12 +254,18 @@ class CompiledBackend(Backend):
             else:
                 tokens, positions = (torch.cat([getattr(s, name) for s in steps]) for name in ("tokens", "positions"))
                 rows = _rows_of(tuple((s.num_rows, s.num_logits) for s in steps))
-            if any(step.hidden for step in steps):
-                return shared.with_hidden(steps, tokens, positions, rows)
-            logits = shared.logits(tokens, positions, rows)
+            inputs = None
+            if shared.native.input_width:
+                given = [step.inputs_MW for step in steps if step.inputs_MW is not None]
+                inputs = torch.cat(given) if len(given) > 1 else given[0]
+            logits, *exposed = shared.run(tokens, positions, rows, inputs)
         if len(steps) == 1:
-            return [StepResult(logits)]
-        return [StepResult(part) for part in logits.split([step.num_logits for step in steps])]
+            return [StepResult(logits, shared.hidden_rows(steps[0].hidden, exposed))]
+        of_each = [list(rows) for rows in zip(*(h.split([s.num_rows for s in steps]) for h in exposed), strict=True)]
+        return [
+            StepResult(part, shared.hidden_rows(step.hidden, of_each[i] if of_each else ()))
+            for i, (part, step) in enumerate(zip(logits.split([s.num_logits for s in steps]), steps, strict=True))
+        ]
 
     def _place(self, step: Step) -> None:
         """Name this sequence's rows and slots to the next call."""

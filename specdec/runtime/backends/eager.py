@@ -72,17 +72,21 @@ class EagerBackend(Backend):
     def forward(self, step: Step) -> StepResult:
         self.cache.place(step.start, len(step.tokens))
         device = self._capabilities.device
-        keep = {"logits_to_keep": step.num_logits} if self._keeps_logits else {}
+        more: dict[str, Any] = {"logits_to_keep": step.num_logits} if self._keeps_logits else {}
+        if step.inputs_MW is not None:
+            more["features"] = step.inputs_MW[None].to(device)
         out = self.model(
             input_ids=step.tokens[None].to(device),
             position_ids=step.positions[None].to(device),
             attention_mask=self._masks(step),
             past_key_values=self.cache,
             use_cache=True,
-            output_hidden_states=step.hidden,
-            **keep,
+            output_hidden_states=bool(step.hidden),
+            **more,
         )
-        hidden = tuple(h[0, -step.num_logits :] for h in out.hidden_states) if step.hidden else None
+        hidden = (
+            torch.cat([out.hidden_states[i][0].to(out.logits.device) for i in step.hidden], -1) if step.hidden else None
+        )
         return StepResult(out.logits[0, -step.num_logits :], hidden)
 
     @torch.inference_mode()

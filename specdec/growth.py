@@ -1,0 +1,220 @@
+"""How a plan becomes a tree: level by level, from the logits that a drafter gives for the nodes of one level.
+
+Shape suffixes: F nodes of the frontier (those of one level that are expanded), C children of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.chance import Chance
+from specdec.drafter import Request
+from specdec.policy import Plan
+from specdec.proposal import Draw, Proposal
+from specdec.runtime.session import Steps
+from specdec.tree import TokenTree
+
+#: `expand(ran)` gives the logits `[F, V]` of the newest level of `ran`, in the order of its nodes; of the root for the
+#: empty tree. `ran` holds the nodes that are expanded, no leaves; it grows from call to call.
+Expand = Callable[[TokenTree], Steps[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Grown:
+    """A proposal, and for each of its nodes the node of `ran` that it is; -1 for leaves, which were never run."""
+
+    proposal: Proposal
+    ran_as: tuple[int, ...]
+
+    def ran_path(self, path: Sequence[int]) -> list[int]:
+        """A path of the proposal as nodes that the drafter ran: its beginning, without a leaf."""
+        return [self.ran_as[node] for node in path if self.ran_as[node] >= 0]
+
+
+def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """Crop or pad the last axis: paddings of one tokenizer's vocabulary differ between models."""
+    missing = vocab_size - logits.shape[-1]
+    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
+
+def without_replacement(q_FV: Tensor, count: int, chance: Chance) -> Tensor:
+    """`[F, count]` tokens in drawing order; -1 where the support is used up, never in the first column."""
+    left = q_FV.clone()
+    drawn: list[Tensor] = []
+    for _ in range(count):
+        token = chance.draw(left)[:, None]
+        drawn.append(torch.where(left.sum(-1, keepdim=True) > 0, token, -1) if drawn else token)
+        left.scatter_(1, token, 0.0)
+    return torch.cat(drawn, 1)
+
+
+def draw_children(scores_FV: Tensor, q_FV: Tensor, draw: Draw, count: int, position: int, chance: Chance) -> Tensor:
+    """`[F, C]` children in drawing order; -1 where there are fewer, never in the first column."""
+    if draw is Draw.SHARED:
+        return chance.race(q_FV, [position] * len(q_FV), count)
+    if draw is Draw.SAMPLED:
+        return without_replacement(q_FV, count, chance)
+    best, index = scores_FV.topk(min(count, scores_FV.shape[-1]))
+    return torch.where(best.isinf(), -1, index) if count > 1 else index
+
+
+def grow(expand: Expand, plan: Plan, request: Request, prefix: Sequence[int], chance: Chance) -> Steps[Grown]:
+    """A chain, a tree of fixed branching or shape, or, with a node budget, the most probable tree.
+
+    `prefix`: the text so far, which ends with the root token. At temperature 0 children are the top tokens; above it
+    they are drawn as the verifier wants: by the shared race, sampled without replacement, or the top ones.
+
+    Lossless: yes. Which drawn nodes are kept depends on their own tokens only where nodes are not sampled.
+    """
+    draw = Draw.POINT if request.sampling.is_greedy else request.draw
+    if plan.budget:
+        return (yield from _Dynamic(expand, plan, request, prefix, chance).run(draw))
+    return (yield from _Planned(expand, plan, request, prefix, chance).run(draw))
+
+
+class _Growth:
+    """What both ways to grow a tree share: `tree` is what is proposed, `ran` the part of it that is expanded."""
+
+    def __init__(self, expand: Expand, plan: Plan, request: Request, prefix: Sequence[int], chance: Chance):
+        self.expand, self.plan, self.request, self.prefix, self.chance = expand, plan, request, prefix, chance
+
+    def scores(self, logits_FV: Tensor, tree: TokenTree, frontier: Sequence[int]) -> Tensor:
+        logits_FV = fit_vocabulary(logits_FV, self.request.vocab_size)
+        return self.request.sampling.scores(logits_FV, self.prefix, tree, frontier)
+
+
+class _Planned(_Growth):
+    """Every node has as many children as the plan says."""
+
+    def run(self, draw: Draw) -> Steps[Grown]:
+        plan, tree, ran = self.plan, TokenTree.empty(), TokenTree.empty()
+        shape = _children_of(plan.shape)
+        frontier, planned = [-1], [-1]  # nodes of the tree, and of the plan's shape, that are expanded next
+        ran_as: list[int] = []
+        blocks: list[Tensor] = []  # of distribution rows, one per level
+        q_rows: list[int] = []
+        for depth in range(plan.depth):
+            counts = [len(shape[at + 1]) for at in planned] if plan.shape else [plan.children(depth)] * len(frontier)
+            logits = yield from self.expand(ran)
+            scores_FV = self.scores(logits, tree, frontier)
+            # Greedy chains that never ask for confidence do without probabilities.
+            q_FV = scores_FV.softmax(-1) if draw is not Draw.POINT or plan.stop_below > 0 else scores_FV
+            position = len(self.prefix) + depth
+            tokens_FC = draw_children(scores_FV, q_FV, draw, max(counts), position, self.chance)
+            row_of, ranks, tokens = _present(tokens_FC, counts)
+            q_rows += [sum(len(block) for block in blocks) + row for row in row_of]
+            if draw is Draw.SAMPLED:
+                blocks.append(q_FV)
+            first = len(tree)
+            tree = tree.extend(tokens, [frontier[row] for row in row_of])
+            goes_on = [True] * len(row_of)
+            if plan.shape:
+                below = [shape[planned[row] + 1][rank] for row, rank in zip(row_of, ranks, strict=True)]
+                goes_on = [bool(shape[at + 1]) for at in below]
+                planned = [at for at, on in zip(below, goes_on, strict=True) if on]
+            if plan.stop_below > 0:
+                sure: list[bool] = (q_FV[row_of, tokens] >= plan.stop_below).tolist()
+                goes_on = [a and b for a, b in zip(goes_on, sure, strict=True)]
+            if depth + 1 == plan.depth:
+                goes_on = [False] * len(row_of)
+            chosen = [i for i, on in enumerate(goes_on) if on]
+            parents = [ran_as[frontier[row_of[i]]] if frontier[row_of[i]] >= 0 else -1 for i in chosen]
+            numbers = iter(range(len(ran), len(ran) + len(chosen)))
+            ran_as += [next(numbers) if on else -1 for on in goes_on]
+            if not chosen:
+                break
+            ran = ran.extend(tokens if len(chosen) == len(row_of) else tokens[chosen], parents)
+            frontier = [first + i for i in chosen]
+        return Grown(_proposal(tree, draw, blocks, q_rows), tuple(ran_as))
+
+
+def _children_of(parents: tuple[int, ...]) -> list[list[int]]:
+    children: list[list[int]] = [[] for _ in range(len(parents) + 1)]
+    for node, parent in enumerate(parents):
+        children[parent + 1].append(node)
+    return children
+
+
+def _present(tokens_FC: Tensor, counts: Sequence[int]) -> tuple[list[int], list[int], Tensor]:
+    """Row, rank and token of every child that there is: at most `counts[f]` in row f, fewer where the support ends."""
+    if tokens_FC.shape[1] == 1:
+        return list(range(len(tokens_FC))), [0] * len(tokens_FC), tokens_FC[:, 0]
+    wanted = torch.arange(tokens_FC.shape[1], device=tokens_FC.device) < torch.tensor(
+        counts, device=tokens_FC.device
+    ).unsqueeze(1)
+    present = wanted & (tokens_FC >= 0)
+    rows, ranks = present.nonzero().T.tolist()
+    return rows, ranks, tokens_FC[present]
+
+
+def _proposal(tree: TokenTree, draw: Draw, blocks: list[Tensor], q_rows: list[int]) -> Proposal:
+    if draw is Draw.SAMPLED and len(tree):
+        return Proposal.sampled(tree, torch.cat(blocks), q_rows)
+    return Proposal(tree, (draw,) * len(tree))
+
+
+class _Dynamic(_Growth):
+    """Expand the `width` most probable paths of each level, then keep the `budget` most probable nodes of all.
+
+    (EAGLE-2: Li et al., arXiv 2406.16858.) Children are the top tokens, or under shared noise the first of the race;
+    the probability that the n-th of a race is the target's own is taken to be the n-th largest of the row, which needs
+    no noise. Sampled nodes may not be dropped for what they are, so that rules for them get point masses here.
+    One transfer from the device per level.
+    """
+
+    def run(self, draw: Draw) -> Steps[Grown]:
+        plan = self.plan
+        draw = Draw.SHARED if draw is Draw.SHARED else Draw.POINT
+        ran = TokenTree.empty()
+        frontier = [-1]  # candidates that are expanded next
+        path_score: Tensor | None = None  # of the frontier
+        parents: list[int] = []  # of each candidate
+        ran_as: list[int] = []
+        tokens: list[Tensor] = []
+        scores: list[Tensor] = []
+        candidates = TokenTree.empty()
+        for depth in range(plan.depth):
+            logits = yield from self.expand(ran)
+            scores_FV = self.scores(logits, candidates, frontier)
+            log_q_FC, tokens_FC = self._children(scores_FV, draw, len(self.prefix) + depth)
+            path_FC = log_q_FC if path_score is None else log_q_FC + path_score[:, None]
+            width = tokens_FC.shape[1]
+            first = len(parents)
+            parents += [node for node in frontier for _ in range(width)]
+            ran_as += [-1] * (len(frontier) * width)
+            tokens.append(tokens_FC.reshape(-1))
+            scores.append(path_FC.reshape(-1))
+            candidates = candidates.extend(tokens[-1], parents[first:])
+            if depth + 1 == plan.depth:
+                break
+            best, at = scores[-1].topk(min(plan.width, len(scores[-1])))
+            at = at[best > -torch.inf].sort().values
+            chosen: list[int] = at.tolist()
+            if not chosen:
+                break
+            for number, i in enumerate(chosen):
+                ran_as[first + i] = len(ran) + number
+            ran = ran.extend(tokens[-1][at], [ran_as[p] if (p := parents[first + i]) >= 0 else -1 for i in chosen])
+            frontier, path_score = [first + i for i in chosen], scores[-1][at]
+        return self._best(draw, parents, ran_as, torch.cat(tokens), torch.cat(scores))
+
+    def _children(self, scores_FV: Tensor, draw: Draw, position: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and tokens `[F, C]` of each node's children, falling."""
+        count = min(self.plan.width, scores_FV.shape[-1])
+        log_q_FC, top_FC = scores_FV.log_softmax(-1).topk(count)
+        if draw is Draw.POINT:
+            return log_q_FC, top_FC
+        raced_FC = draw_children(scores_FV, scores_FV.softmax(-1), draw, count, position, self.chance)
+        return log_q_FC.masked_fill(raced_FC < 0, -torch.inf), raced_FC
+
+    def _best(self, draw: Draw, parents: list[int], ran_as: list[int], tokens: Tensor, scores: Tensor) -> Grown:
+        """The most probable candidates. None is more probable than its parent, which stands before it."""
+        order = scores.sort(descending=True, stable=True).indices[: self.plan.budget]
+        kept: list[int] = order[scores[order] > -torch.inf].sort().values.tolist()
+        number = {-1: -1, **{candidate: i for i, candidate in enumerate(kept)}}
+        tree = TokenTree(tokens[kept], tuple(number[parents[candidate]] for candidate in kept))
+        return Grown(Proposal(tree, (draw,) * len(kept)), tuple(ran_as[candidate] for candidate in kept))
