@@ -1,4 +1,4 @@
-"""The command line: `specdec compare | bench | generate | certify | info`.
+"""The command line: `specdec compare | bench | generate | train | certify | info`.
 
 Nothing heavy is imported before the arguments are parsed, so that `--help` is quick.
 """
@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "plain against speculative, side by side",
     "bench": "our loop, transformers and other engines, timed in turns",
     "generate": "continue a prompt",
+    "train": "train a drafter for a target",
     "certify": "prove by enumeration that verifiers are exact",
     "info": "models, plugins, device, dtype, versions",
 }

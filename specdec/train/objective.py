@@ -78,6 +78,8 @@ class Objective(ABC):
     kind: ClassVar[str]
     #: Layouts of other projects that `export` can write.
     layouts: ClassVar[tuple[str, ...]] = ()
+    #: Fields of `Settings` whose defaults on the command line are other ones for this kind, such as `lr`.
+    recommended: ClassVar[Mapping[str, Any]] = {}
 
     #: What is trained: float32, `requires_grad` where wanted; its `state_dict` is what checkpoints hold. The target is
     #: no part of it. Assigned by `build`; the trainer moves it to the target's device and does not wrap it.
@@ -89,6 +91,8 @@ class Objective(ABC):
 
     def __init__(self, target: Any, tokenizer: Any):
         self.target, self.tokenizer = target, tokenizer
+        #: The values of the options that it was built from, for the record; `create` sets them.
+        self.values: Mapping[str, Any] = {}
 
     @classmethod
     def options(cls, parser: argparse.ArgumentParser) -> None:
@@ -186,4 +190,7 @@ def create(kind: str | type[Objective], target: Any, tokenizer: Any = None, **op
     unknown = sorted(options.keys() - values.keys())
     if unknown:
         raise InputError(f"{found.kind} training has no option {unknown[0]!r}; it has: {', '.join(sorted(values))}")
-    return found.build(target, tokenizer, {**values, **options})
+    values.update(options)
+    objective = found.build(target, tokenizer, values)
+    objective.values = values
+    return objective
