@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -88,6 +89,14 @@ class Drafter(ABC):
     def build(cls, context: BuildContext, **options: Any) -> Drafter:
         """Make the drafter for `--drafter NAME`; plugins that load weights or need the tokenizer override this."""
         return cls(**options)
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], folder: Path) -> bool:
+        """Whether a folder with this `config.json` holds weights for this drafter, in a layout that others publish.
+
+        A folder that says so itself (`"specdec_drafter": NAME`) is not asked about.
+        """
+        return False
 
     @property
     def name(self) -> str:

@@ -121,6 +121,18 @@ def _folder_config(source: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def _drafter_of(source: str) -> str:
+    """The drafter whose weights a folder holds: the one that it names, that knows its layout, or a whole model."""
+    config = _folder_config(source)
+    if DRAFTER_KEY in config:
+        return str(config[DRAFTER_KEY])
+    if config:
+        for name in registry.available("drafter"):
+            if registry.find("drafter", name).recognises(config, Path(source)):
+                return name
+    return "model"
+
+
 def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Drafter:
     """`drafter`: a plugin's name, a folder or hub id of weights, a loaded model, a `Drafter`, or None."""
     if isinstance(drafter, Drafter):
@@ -137,7 +149,7 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
         plugin = registry.find("drafter", name)
     elif Path(name).is_dir() or "/" in name:
         source = name
-        plugin = registry.find("drafter", _folder_config(name).get(DRAFTER_KEY, "model"))
+        plugin = registry.find("drafter", _drafter_of(name))
     else:
         registry.find("drafter", name)  # raises, with the nearest names
         raise AssertionError("unreachable")
