@@ -1,4 +1,4 @@
-"""A model on the native kernels: a shallow copy that shares every weight, with other linear and attention layers.
+"""A model on our own kernels: a shallow copy that shares every weight, with other linear and attention layers.
 
 The copy's products and its attention give a row the same bits however many rows ride along. The user's model object
 stays as it was. Shape suffixes: M rows of one step, W width of hidden states.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +36,26 @@ _IGNORED = {
 }
 
 
-class NativeLinear(nn.Module):
-    """`x @ weight.T + bias` by the native kernel, on the weights of the layer that it stands in for."""
+class Kernels(Protocol):
+    """What stands in for linear and attention layers: `specdec.kernels.ops` itself, or the kernels of a device."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, /) -> Tensor: ...
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, handle: Tensor, layer: int, scale: float, softcap: float, window: int, /
+    ) -> Tensor: ...
+
+
+class NativeLinear(nn.Module):
+    """`x @ weight.T + bias` by a kernel, on the weights of the layer that it stands in for."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels):
         super().__init__()
         self.weight, self.bias = weight, bias
+        self._product = kernels.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return self._product(x, self.weight, self.bias)
 
 
 class _Passing(CacheLayerMixin):
@@ -88,7 +99,8 @@ def _attention(
     call: NativeCall = kwargs["native"]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    return ops.attend(query, key, value, call.handle, layer, scale, float(softcap or 0.0), call.windows[layer]), None
+    attend = call.kernels.attend
+    return attend(query, key, value, call.handle, layer, scale, float(softcap or 0.0), call.windows[layer]), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -97,16 +109,16 @@ AttentionInterface.register(ATTENTION, _attention)
 class NativeCall:
     """What the attention layers of one call need: the handle of the steps, and each layer's window (0: none)."""
 
-    def __init__(self, handle: Tensor, windows: tuple[int, ...]):
-        self.handle, self.windows = handle, windows
+    def __init__(self, handle: Tensor, windows: tuple[int, ...], kernels: Kernels):
+        self.handle, self.windows, self.kernels = handle, windows, kernels
 
 
-def _replacement(module: Any) -> NativeLinear | None:
+def _replacement(module: Any, kernels: Kernels) -> NativeLinear | None:
     if type(module) is nn.Linear:
-        return NativeLinear(module.weight, module.bias)
+        return NativeLinear(module.weight, module.bias, kernels)
     if type(module) is Conv1D:  # stores the transpose: this one is a copy
         weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=False)
-        return NativeLinear(weight, module.bias)
+        return NativeLinear(weight, module.bias, kernels)
     return None
 
 
@@ -124,7 +136,7 @@ def _stock_products(modules: Iterable[nn.Module]) -> list[str]:
 
 
 class NativeModel(nn.Module):
-    """Steps of a model by the native kernels.
+    """Steps of a model by our own kernels, those for the CPU unless others are given.
 
     `forward(tokens [1, M], positions [1, M], rows [L], handle [1])` gives the logits `[L, V]` of the rows asked for,
     and each of the `hidden` states `[M, W]` of all rows; keys and values go to the slots that the handle names. A model
@@ -132,8 +144,9 @@ class NativeModel(nn.Module):
     stock: when it is empty, a row's bits do not depend on the other rows.
     """
 
-    def __init__(self, model: Any, hidden: Sequence[int] = ()):
+    def __init__(self, model: Any, hidden: Sequence[int] = (), kernels: Kernels = ops):
         super().__init__()
+        self._kernels = kernels
         self.hidden = tuple(hidden)
         self.input_width = int(getattr(model, "input_width", 0))
         config = model.config.get_text_config(decoder=True)
@@ -141,16 +154,16 @@ class NativeModel(nn.Module):
         window = getattr(config, "sliding_window", None) or 0
         self.windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
         self.kinds = frozenset(kinds)
-        self.model = self._copy(model)
+        self.model = self._copy(model, kernels)
         self.stock = _stock_products(self.model.modules())
 
     @staticmethod
-    def _copy(model: Any) -> Any:
+    def _copy(model: Any, kernels: Kernels) -> Any:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         twin = copy.deepcopy(model, shared)
         for module in list(twin.modules()):
             for name, child in list(module.named_children()):
-                other = _replacement(child)
+                other = _replacement(child, kernels)
                 if other is not None:
                     setattr(module, name, other)
         configs = {id(m.config): m.config for m in twin.modules() if hasattr(m, "config")}
@@ -173,7 +186,7 @@ class NativeModel(nn.Module):
             past_key_values=Cache(layers=[_Passing() for _ in self.windows]),
             use_cache=True,
             logits_to_keep=rows,
-            native=NativeCall(handle, self.windows),
+            native=NativeCall(handle, self.windows, self._kernels),
             **options,
         )
         return (out.logits[0], *(out.hidden_states[i][0] for i in self.hidden))

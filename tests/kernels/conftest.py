@@ -7,7 +7,6 @@ import torch
 
 from specdec import kernels
 
-
 WITHOUT = ("test_build", "test_triton")
 
 
