@@ -105,7 +105,8 @@ def cut(text: str, size: int = _DOCUMENT) -> list[str]:
     return [piece for piece in pieces if piece.strip()]
 
 
-def _read(path: Path) -> list[str]:
+def read_texts(path: Path) -> list[str]:
+    """The documents of a text file (cut at blank lines) or a JSONL file. Raises `InputError` where it cannot be read."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -124,7 +125,7 @@ def read_documents(paths: Sequence[str | Path], held_out_share: float = HELD_OUT
     """
     if not 0 < held_out_share < 1:
         raise InputError(f"the held-out share is between 0 and 1, not {held_out_share}")
-    texts = list(dict.fromkeys(text for path in paths for text in _read(Path(path))))
+    texts = list(dict.fromkeys(text for path in paths for text in read_texts(Path(path))))
     if len(texts) < 2:
         raise InputError(
             f"{', '.join(map(str, paths))}: {len(texts)} document, and one is held out to judge by; give more text"

@@ -29,6 +29,7 @@ from specdec.errors import InputError
 _ETA = 3.0
 # Elements of logits that exist at once while a loss is computed in pieces: 256 MiB in float32.
 _PIECE = 1 << 26
+_BLOCK = 1 << 17
 
 Formula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -93,17 +94,25 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p_NV: Tensor, q_logits_NV: Tensor, formula: Formula) -> Tensor:
         # Half-precision logits are compared in float32; the gradient goes back in their own dtype.
-        wide = q_logits_NV if q_logits_NV.dtype == torch.float64 else q_logits_NV.float()
-        value_N, slope_NV = formula(p_NV.to(wide.dtype), wide.log_softmax(-1))
-        if ctx.needs_input_grad[1]:
+        dtype = torch.float64 if q_logits_NV.dtype == torch.float64 else torch.float32
+        slope_NV = torch.empty_like(q_logits_NV) if ctx.needs_input_grad[1] else None
+        values, at = [], 0
+        # Blocks of rows that fit into a core's cache: each formula passes over them some ten times.
+        size = max(1, (_BLOCK if q_logits_NV.device.type == "cpu" else _PIECE) // q_logits_NV.shape[1])
+        for p_block, q_block in zip(p_NV.split(size), q_logits_NV.split(size), strict=True):
+            value, slope = formula(p_block.to(dtype), q_block.to(dtype).log_softmax(-1))
+            values.append(value)
+            if slope_NV is not None:
+                slope_NV[at : at + len(slope)] = slope
+            at += len(slope)
+        if slope_NV is not None:
             ctx.save_for_backward(slope_NV)
-        ctx.dtype = q_logits_NV.dtype
-        return value_N
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
         (slope_NV,) = ctx.saved_tensors
-        return None, (slope_NV * gradients[0][:, None]).to(ctx.dtype), None
+        return None, slope_NV * gradients[0][:, None].to(slope_NV.dtype), None
 
 
 def check_loss(name: str) -> str:
