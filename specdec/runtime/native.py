@@ -201,6 +201,11 @@ def unsupported(model: Any) -> str | None:
         return f"the native kernels run on the CPU, and the model is on {', '.join(sorted(devices))}"
     if model.dtype not in DTYPES:
         return f"the native kernels know float32, bfloat16 and float64, not {str(model.dtype).removeprefix('torch.')}"
+    return obstacle(model)
+
+
+def obstacle(model: Any) -> str | None:
+    """What in the model itself keeps other kernels out, in one line; None when nothing does."""
     if getattr(model, "hf_quantizer", None) is not None:
         return "the model's weights are quantised"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):

@@ -1,0 +1,43 @@
+"""Whether a backend computes what the stock step computes: asked once, when a model is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.errors import UnsupportedModelError
+from specdec.runtime.backend import Capabilities, Step
+
+# Largest difference from the stock step that rounding explains, as a share of the largest logit.
+# (Stock eager attention takes its softmax in float32, whatever the dtype.)
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+_TOKENS = 6
+
+
+def check_step(capabilities: Capabilities, input_width: int) -> Step:
+    """A few rows of a short text, for `compare`."""
+    rows = torch.arange(min(_TOKENS, capabilities.context))
+    block = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
+    inputs = torch.ones(len(rows), input_width, dtype=capabilities.dtype) if input_width else None
+    return Step(rows % capabilities.vocab_size, 0, block, rows, 0, len(rows), inputs_MW=inputs)
+
+
+def compare(run: Callable[[], Tensor], reference: Tensor, model: Any) -> None:
+    """Raise `UnsupportedModelError` unless `run()` gives the reference logits, but for rounding."""
+    name = type(model).__name__
+    try:
+        mine = run()
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"{name} does not run on our kernels: {error}; use backend='eager'") from error
+    largest = reference.double().abs().max().clamp_min(1e-6)
+    apart = float((mine.double() - reference.double()).abs().max() / largest)
+    if not apart <= _TOLERANCE[reference.dtype]:
+        raise UnsupportedModelError(
+            f"{name} on our kernels differs from the stock step by {apart:.1e} of the largest logit: its "
+            "layers do something that the kernels do not know; use backend='eager'"
+        )
