@@ -76,6 +76,7 @@ class SpeculativeDecoder:
             drafter,
             BuildContext(target, tokenizer, device=capabilities.device, dtype=capabilities.dtype, backend=backend),
         )
+        self.backend = self.drafter.target_backend(self.backend, target)
         self.verifier: Verifier = registry.create("verifier", verifier or "coupled")
         self.policy: Policy = registry.create("policy", policy or "throughput")
         self.allow_lossy = allow_lossy
@@ -106,6 +107,11 @@ class SpeculativeDecoder:
             )
         if policy.branches and not drafter.trees:
             raise IncompatiblePairError(f"the {drafter.name} drafter proposes chains; policy {policy.name} wants trees")
+        if drafter.target_backend(self.backend, self.target) is not self.backend:
+            raise IncompatiblePairError(
+                f"the {drafter.name} drafter runs the target in its own way: give it to the decoder, as in "
+                "SpeculativeDecoder(target, drafter=...), not to one text"
+            )
         return draw
 
     def warmup(self) -> None:
@@ -215,6 +221,7 @@ class SpeculativeDecoder:
             max_length=min(capabilities.context, len(ids) + max_new_tokens),
             eos_ids=self._eos_ids(eos_token_id),
             features=Features(session) if drafter.hidden else None,
+            target=session if drafter.shares_target else None,
         )
         trace = Trace()
         trace.lossless = verifier.lossless

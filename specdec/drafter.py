@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.chance import Chance
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
+from specdec.runtime.backend import Backend
 from specdec.runtime.features import Features
 from specdec.runtime.session import Session, Steps, run
 from specdec.sampling import Sampling
@@ -29,6 +30,7 @@ class Request:
     max_length: int  # prompt and text together never get longer
     eos_ids: frozenset[int] = frozenset()
     features: Features | None = None  # the target's hidden states, for a drafter that names some in `hidden`
+    target: Session | None = None  # what verifies, for a drafter that works on its slots (`shares_target`)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,8 @@ class Drafter(ABC):
     #: Hidden states of the target that it reads in `request.features`, by their index in `transformers`'
     #: `hidden_states`: 0 the embeddings, i the input of layer i, the number of layers the last, after the final norm.
     hidden: tuple[int, ...] = ()
+    #: Whether it drafts on the target's own slots, see `target_backend`.
+    shares_target: ClassVar[bool] = False
 
     @classmethod
     def build(cls, context: BuildContext, **options: Any) -> Drafter:
@@ -114,6 +118,13 @@ class Drafter(ABC):
     @abstractmethod
     def observe(self, state: Any, outcome: Outcome) -> Any:
         """The state after a round."""
+
+    def target_backend(self, backend: Backend, model: Any) -> Backend:
+        """What the target runs on with this drafter: `backend`, opened on the target `model`, or one made of it.
+
+        Plain decoding of the same decoder runs on it too. Given its own result, it returns that.
+        """
+        return backend
 
     def warmup(self) -> None:
         """Do now what would otherwise be done once it pays, such as compiling a draft model's step."""

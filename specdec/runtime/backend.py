@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from specdec.errors import InputError
 from specdec.runtime.cache import bucket
 
 
@@ -155,6 +156,17 @@ class Backend(ABC):
     @abstractmethod
     def fork(self, length: int) -> Self:
         """An independent backend on the same weights that holds a copy of the first `length` slots."""
+
+    def on_slots_of(self, other: Backend) -> Self:
+        """This backend's model on the slots of another sequence: both write the same keys and values from now on.
+
+        `other` is of the same kind, and its model has as many layers. The family stays this backend's. `InputError`
+        where a backend does not know how.
+        """
+        raise InputError(
+            f"{type(self).__name__} cannot work on the slots of another model, which a target that drafts for itself "
+            "needs; use backend='eager', or another drafter"
+        )
 
     def bytes_for(self, length: int) -> int:
         """Bytes of keys and values that `length` tokens will take, in the cache's buckets; measured on one, once."""

@@ -112,6 +112,8 @@ class SlotLayer(CacheLayerMixin):
 
     def gather(self, slots: Tensor, start: int) -> None:
         """Move the given slots so that they lie one after another from `start`."""
+        if not self.is_initialized:  # a part of the model that has not run yet
+            return
         for buffer in (self.keys, self.values):
             buffer[:, :, start : start + len(slots)] = buffer[:, :, slots.to(buffer.device)]
 

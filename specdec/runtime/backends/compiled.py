@@ -284,6 +284,11 @@ class CompiledBackend(Backend):
             return type(self)(self._shared)
         return type(self)(self._shared, self._slots.fork(length))
 
+    def on_slots_of(self, other: Backend) -> Self:
+        if not isinstance(other, CompiledBackend) or other._slots.num_layers() != self._slots.num_layers():
+            return super().on_slots_of(other)
+        return type(self)(self._shared, other._slots)
+
     @property
     def num_bytes(self) -> int:
         return int(self._slots.num_bytes())

@@ -97,6 +97,11 @@ class EagerBackend(Backend):
     def fork(self, length: int) -> Self:
         return type(self)(self.model, self.cache.fork(length)).join_family(self)
 
+    def on_slots_of(self, other: Backend) -> Self:
+        if not isinstance(other, EagerBackend) or len(other.cache.layers) != len(self.cache.layers):
+            return super().on_slots_of(other)
+        return type(self)(self.model, other.cache).join_family(self)
+
     @property
     def num_bytes(self) -> int:
         return self.cache.num_bytes
