@@ -1,9 +1,13 @@
-"""A smaller causal language model drafts."""
+"""A smaller causal language model drafts.
+
+Shape suffix: R draft vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +21,11 @@ from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
 from specdec.runtime.choose import open_backend
 from specdec.runtime.session import Session, Steps
+from specdec.train.data import encode, read_texts
 from specdec.tree import TokenTree
+from specdec.vocabulary import DraftVocabulary, always_included, count_tokens, cut_head, most_frequent
+
+Vocabulary = DraftVocabulary | Tensor | Sequence[int] | str | Path
 
 
 @dataclass(eq=False)
@@ -34,17 +42,29 @@ class ModelDrafter(ModelRunner):
     sampled without replacement, or the top ones. The draft's cache follows the text by itself: what was accepted but
     never computed (the last token after full acceptance) is computed by the next round's first forward.
 
+    `vocabulary`: the only tokens that are drafted, as a `DraftVocabulary`, ids (int64), or a file of `specdec vocab`;
+    end-of-text is always among them. The output head is cut to their rows on a shallow copy of the model, which makes
+    a step cheaper by what the other rows cost; a target token outside it is always a rejection. (FR-Spec: Zhao et al.,
+    arXiv 2502.14856.) By name there is also `vocabulary=N`, the most frequent tokens of the text `vocabulary_data=FILE`.
+
     Lossless: yes, with every lossless verifier. (Leviathan et al., arXiv 2211.17192.)
     """
 
     draws = frozenset(Draw)
     trees = True
     trusted = True
+    _ids_R: Tensor | None = None  # of a draft vocabulary
 
-    def __init__(self, model: Any, backend: str | None = None):
-        self._backend = open_backend(model, backend)
-        self._vocab_size = self._backend.capabilities.vocab_size
+    def __init__(self, model: Any, backend: str | None = None, vocabulary: Vocabulary | None = None):
         self.model = model
+        self._vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.vocabulary = None if vocabulary is None else _resolved(vocabulary).including(always_included(None, model))
+        runs, self._ids_R = model, None
+        if self.vocabulary is not None:
+            self.vocabulary.check(self._vocab_size, "the draft model")
+            runs = cut_head(model, self.vocabulary.ids_R)
+            self._ids_R = self.vocabulary.ids_R.to(runs.get_output_embeddings().weight.device)
+        self._backend = open_backend(runs, backend)
 
     @classmethod
     def build(cls, context: BuildContext, **options: Any) -> Drafter:
@@ -52,10 +72,13 @@ class ModelDrafter(ModelRunner):
             raise InputError(
                 "the model drafter needs weights: pass a folder or hub id, as in drafter='org/small-model'"
             )
-        return cls(
-            load_model(context.source, device=context.device, dtype=context.dtype),
-            **{"backend": context.backend, **options},
-        )
+        model = load_model(context.source, device=context.device, dtype=context.dtype)
+        vocabulary, data = options.pop("vocabulary", None), options.pop("vocabulary_data", None)
+        if vocabulary is not None:
+            vocabulary = _built(vocabulary, data, context)
+        elif data is not None:
+            raise InputError("vocabulary_data is what a number of tokens is chosen from: give vocabulary=N too")
+        return cls(model, **{"backend": context.backend, "vocabulary": vocabulary, **options})
 
     @property
     def name(self) -> str:
@@ -66,6 +89,8 @@ class ModelDrafter(ModelRunner):
         return [token if token < self._vocab_size else 0 for token in tokens]
 
     def start(self, request: Request) -> ModelState:
+        if self.vocabulary is not None:
+            self.vocabulary.check(request.vocab_size, "the target")
         session = Session(self._backend.fork(0))
         session.append(self._known(request.prompt))
         return ModelState(request, session)
@@ -78,7 +103,7 @@ class ModelDrafter(ModelRunner):
         def expand(ran: TokenTree) -> Steps[Tensor]:
             return (yield from session.forwarding(ran)).logits
 
-        state.grown = yield from grow(expand, plan, state.request, session.tokens, chance)
+        state.grown = yield from grow(expand, plan, state.request, session.tokens, chance, self._ids_R)
         return state.grown.proposal
 
     def observe(self, state: ModelState, outcome: Outcome) -> ModelState:
@@ -95,3 +120,28 @@ class ModelDrafter(ModelRunner):
 
     def bytes_for(self, length: int) -> int:
         return self._backend.bytes_for(min(length, self._backend.capabilities.context))
+
+
+def _resolved(vocabulary: Vocabulary) -> DraftVocabulary:
+    if isinstance(vocabulary, DraftVocabulary):
+        return vocabulary
+    if isinstance(vocabulary, (str, Path)):
+        return DraftVocabulary.load(vocabulary)
+    if isinstance(vocabulary, int):
+        raise InputError(
+            f"vocabulary={vocabulary}: the {vocabulary} most frequent tokens of which text? Pass vocabulary_data=FILE "
+            "with the drafter's name, or a file made by specdec vocab"
+        )
+    return DraftVocabulary.of(vocabulary)
+
+
+def _built(vocabulary: Any, data: Any, context: BuildContext) -> DraftVocabulary:
+    """A vocabulary that the user named, with the special tokens of the tokenizer; checked against the target."""
+    always = always_included(context.tokenizer, context.target)
+    if isinstance(vocabulary, int) and data is not None:
+        size = context.target.get_output_embeddings().weight.shape[0]
+        counts_V = count_tokens(encode(read_texts(Path(data)), context.tokenizer), size)
+        return most_frequent(counts_V, vocabulary, always)
+    found = _resolved(vocabulary).including(always)
+    found.check(context.target.get_output_embeddings().weight.shape[0], "the target")
+    return found

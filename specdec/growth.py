@@ -1,6 +1,7 @@
 """How a plan becomes a tree: level by level, from the logits that a drafter gives for the nodes of one level.
 
-Shape suffixes: F nodes of the frontier (those of one level that are expanded), C children of each, V vocabulary.
+Shape suffixes: F nodes of the frontier (those of one level that are expanded), C children of each, V vocabulary, R
+draft vocabulary.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
     return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
 
+def spread(logits_FR: Tensor, ids_R: Tensor, vocab_size: int) -> Tensor:
+    """Logits of a draft vocabulary in the target's ids, `[F, V]`: -inf for every other token."""
+    full_FV = logits_FR.new_full((logits_FR.shape[0], vocab_size), float("-inf"))
+    return full_FV.index_copy_(1, ids_R, logits_FR)
+
+
 def without_replacement(q_FV: Tensor, count: int, chance: Chance) -> Tensor:
     """`[F, count]` tokens in drawing order; -1 where the support is used up, never in the first column."""
     left = q_FV.clone()
@@ -52,8 +59,22 @@ def without_replacement(q_FV: Tensor, count: int, chance: Chance) -> Tensor:
     return torch.cat(drawn, 1)
 
 
+def mixed(q_FV: Tensor, counts: Sequence[int], chance: Chance) -> tuple[Tensor, Tensor]:
+    """Children of which the first is drawn from what the others, the top tokens, leave: `[F, C]`, -1 where there are
+    fewer; and the rows `[F, V]` that the first ones were drawn from. (Greedy drafts: Hu et al., arXiv 2502.18779.)"""
+    rest_FV = q_FV.clone()
+    top_FC = q_FV.topk(max(1, min(max(counts) - 1, q_FV.shape[-1]))).indices
+    rank = torch.arange(top_FC.shape[1], device=q_FV.device)
+    is_top = rank < torch.tensor(counts, device=q_FV.device)[:, None] - 1
+    rest_FV.scatter_reduce_(1, top_FC, torch.where(is_top, 0.0, 1.0).to(q_FV), "prod")
+    left = rest_FV.sum(-1, keepdim=True)
+    first_F1 = torch.where(left > 0, chance.draw(rest_FV)[:, None], -1)
+    top_FC = torch.where(is_top & (q_FV.gather(1, top_FC) > 0), top_FC, -1)
+    return torch.cat((first_F1, top_FC), 1)[:, : max(counts)], rest_FV / left.clamp_min(torch.finfo(q_FV.dtype).tiny)
+
+
 def draw_children(scores_FV: Tensor, q_FV: Tensor, draw: Draw, count: int, position: int, chance: Chance) -> Tensor:
-    """`[F, C]` children in drawing order; -1 where there are fewer, never in the first column."""
+    """`[F, C]` children in drawing order, drawn alike; -1 where there are fewer, never in the first column."""
     if draw is Draw.SHARED:
         return chance.race(q_FV, [position] * len(q_FV), count)
     if draw is Draw.SAMPLED:
@@ -62,39 +83,74 @@ def draw_children(scores_FV: Tensor, q_FV: Tensor, draw: Draw, count: int, posit
     return torch.where(best.isinf(), -1, index) if count > 1 else index
 
 
-def grow(expand: Expand, plan: Plan, request: Request, prefix: Sequence[int], chance: Chance) -> Steps[Grown]:
+def grow(
+    expand: Expand,
+    plan: Plan,
+    request: Request,
+    prefix: Sequence[int],
+    chance: Chance,
+    ids_R: Tensor | None = None,
+) -> Steps[Grown]:
     """A chain, a tree of fixed branching or shape, or, with a node budget, the most probable tree.
 
     `prefix`: the text so far, which ends with the root token. At temperature 0 children are the top tokens; above it
     they are drawn as the verifier wants: by the shared race, sampled without replacement, or the top ones.
 
+    `ids_R`: for a drafter whose logits are those of a draft vocabulary, `[F, R]`: the target's id of each column, int64,
+    distinct, on the logits' device. Top tokens are then found among R columns; what is drawn, is drawn among V.
+
     Lossless: yes. Which drawn nodes are kept depends on their own tokens only where nodes are not sampled.
     """
     draw = Draw.POINT if request.sampling.is_greedy else request.draw
     if plan.budget:
-        return (yield from _Dynamic(expand, plan, request, prefix, chance).run(draw))
-    return (yield from _Planned(expand, plan, request, prefix, chance).run(draw))
+        draw = Draw.SHARED if draw is Draw.SHARED else Draw.POINT
+        return (yield from _Dynamic(expand, plan, request, prefix, chance, draw, ids_R).run())
+    return (yield from _Planned(expand, plan, request, prefix, chance, draw, ids_R).run())
 
 
 class _Growth:
     """What both ways to grow a tree share: `tree` is what is proposed, `ran` the part of it that is expanded."""
 
-    def __init__(self, expand: Expand, plan: Plan, request: Request, prefix: Sequence[int], chance: Chance):
+    def __init__(
+        self,
+        expand: Expand,
+        plan: Plan,
+        request: Request,
+        prefix: Sequence[int],
+        chance: Chance,
+        draw: Draw,
+        ids_R: Tensor | None,
+    ):
         self.expand, self.plan, self.request, self.prefix, self.chance = expand, plan, request, prefix, chance
+        self.draw, self.ids_R = draw, ids_R
+        # Noise, rows of q and processors know tokens by the target's ids; a top token is found without them.
+        self.narrow = ids_R is not None and draw is Draw.POINT and not request.sampling.reads_prefix
 
-    def scores(self, logits_FV: Tensor, tree: TokenTree, frontier: Sequence[int]) -> Tensor:
-        logits_FV = fit_vocabulary(logits_FV, self.request.vocab_size)
-        return self.request.sampling.scores(logits_FV, self.prefix, tree, frontier)
+    def scores(self, logits: Tensor, tree: TokenTree, frontier: Sequence[int]) -> Tensor:
+        """`[F, V]`, or `[F, R]` where the columns of the draft vocabulary will do."""
+        if self.ids_R is None:
+            logits = fit_vocabulary(logits, self.request.vocab_size)
+        elif not self.narrow:
+            logits = spread(logits, self.ids_R, self.request.vocab_size)
+        return self.request.sampling.scores(logits, self.prefix, tree, frontier)
+
+    def named(self, columns: Tensor) -> Tensor:
+        """The target's ids of columns of `scores`; -1 stays."""
+        if not self.narrow:
+            return columns
+        assert self.ids_R is not None
+        return torch.where(columns < 0, columns, self.ids_R[columns])
 
 
 class _Planned(_Growth):
     """Every node has as many children as the plan says."""
 
-    def run(self, draw: Draw) -> Steps[Grown]:
-        plan, tree, ran = self.plan, TokenTree.empty(), TokenTree.empty()
+    def run(self) -> Steps[Grown]:
+        plan, draw, tree, ran = self.plan, self.draw, TokenTree.empty(), TokenTree.empty()
         shape = _children_of(plan.shape)
         frontier, planned = [-1], [-1]  # nodes of the tree, and of the plan's shape, that are expanded next
         ran_as: list[int] = []
+        draws: list[Draw] = []
         blocks: list[Tensor] = []  # of distribution rows, one per level
         q_rows: list[int] = []
         for depth in range(plan.depth):
@@ -104,11 +160,19 @@ class _Planned(_Growth):
             # Greedy chains that never ask for confidence do without probabilities.
             q_FV = scores_FV.softmax(-1) if draw is not Draw.POINT or plan.stop_below > 0 else scores_FV
             position = len(self.prefix) + depth
-            tokens_FC = draw_children(scores_FV, q_FV, draw, max(counts), position, self.chance)
-            row_of, ranks, tokens = _present(tokens_FC, counts)
-            q_rows += [sum(len(block) for block in blocks) + row for row in row_of]
-            if draw is Draw.SAMPLED:
-                blocks.append(q_FV)
+            drawn_from_FV = q_FV
+            if draw is Draw.MIXED:
+                columns_FC, drawn_from_FV = mixed(q_FV, counts, self.chance)
+            else:
+                columns_FC = draw_children(scores_FV, q_FV, draw, max(counts), position, self.chance)
+            row_of, ranks, columns = _present(columns_FC, counts)
+            tokens = self.named(columns)
+            kinds = [_kind(draw, rank) for rank in ranks]
+            draws += kinds
+            before = sum(len(block) for block in blocks)
+            q_rows += [before + row if kind is Draw.SAMPLED else -1 for row, kind in zip(row_of, kinds, strict=True)]
+            if draw in (Draw.SAMPLED, Draw.MIXED):
+                blocks.append(drawn_from_FV)
             first = len(tree)
             tree = tree.extend(tokens, [frontier[row] for row in row_of])
             goes_on = [True] * len(row_of)
@@ -117,7 +181,7 @@ class _Planned(_Growth):
                 goes_on = [bool(shape[at + 1]) for at in below]
                 planned = [at for at, on in zip(below, goes_on, strict=True) if on]
             if plan.stop_below > 0:
-                sure: list[bool] = (q_FV[row_of, tokens] >= plan.stop_below).tolist()
+                sure: list[bool] = (q_FV[row_of, columns] >= plan.stop_below).tolist()
                 goes_on = [a and b for a, b in zip(goes_on, sure, strict=True)]
             if depth + 1 == plan.depth:
                 goes_on = [False] * len(row_of)
@@ -129,7 +193,15 @@ class _Planned(_Growth):
                 break
             ran = ran.extend(tokens if len(chosen) == len(row_of) else tokens[chosen], parents)
             frontier = [first + i for i in chosen]
-        return Grown(_proposal(tree, draw, blocks, q_rows), tuple(ran_as))
+        q = torch.cat(blocks) if blocks and len(tree) else None
+        return Grown(Proposal(tree, tuple(draws), q, tuple(q_rows) if q is not None else ()), tuple(ran_as))
+
+
+def _kind(draw: Draw, rank: int) -> Draw:
+    """How a child of this rank is drawn where its parent's children are drawn like this."""
+    if draw is not Draw.MIXED:
+        return draw
+    return Draw.SAMPLED if rank == 0 else Draw.POINT
 
 
 def _children_of(parents: tuple[int, ...]) -> list[list[int]]:
@@ -151,12 +223,6 @@ def _present(tokens_FC: Tensor, counts: Sequence[int]) -> tuple[list[int], list[
     return rows, ranks, tokens_FC[present]
 
 
-def _proposal(tree: TokenTree, draw: Draw, blocks: list[Tensor], q_rows: list[int]) -> Proposal:
-    if draw is Draw.SAMPLED and len(tree):
-        return Proposal.sampled(tree, torch.cat(blocks), q_rows)
-    return Proposal(tree, (draw,) * len(tree))
-
-
 class _Dynamic(_Growth):
     """Expand the `width` most probable paths of each level, then keep the `budget` most probable nodes of all.
 
@@ -166,9 +232,8 @@ class _Dynamic(_Growth):
     One transfer from the device per level.
     """
 
-    def run(self, draw: Draw) -> Steps[Grown]:
+    def run(self) -> Steps[Grown]:
         plan = self.plan
-        draw = Draw.SHARED if draw is Draw.SHARED else Draw.POINT
         ran = TokenTree.empty()
         frontier = [-1]  # candidates that are expanded next
         path_score: Tensor | None = None  # of the frontier
@@ -180,7 +245,7 @@ class _Dynamic(_Growth):
         for depth in range(plan.depth):
             logits = yield from self.expand(ran)
             scores_FV = self.scores(logits, candidates, frontier)
-            log_q_FC, tokens_FC = self._children(scores_FV, draw, len(self.prefix) + depth)
+            log_q_FC, tokens_FC = self._children(scores_FV, len(self.prefix) + depth)
             path_FC = log_q_FC if path_score is None else log_q_FC + path_score[:, None]
             width = tokens_FC.shape[1]
             first = len(parents)
@@ -200,21 +265,21 @@ class _Dynamic(_Growth):
                 ran_as[first + i] = len(ran) + number
             ran = ran.extend(tokens[-1][at], [ran_as[p] if (p := parents[first + i]) >= 0 else -1 for i in chosen])
             frontier, path_score = [first + i for i in chosen], scores[-1][at]
-        return self._best(draw, parents, ran_as, torch.cat(tokens), torch.cat(scores))
+        return self._best(parents, ran_as, torch.cat(tokens), torch.cat(scores))
 
-    def _children(self, scores_FV: Tensor, draw: Draw, position: int) -> tuple[Tensor, Tensor]:
+    def _children(self, scores_FV: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens `[F, C]` of each node's children, falling."""
         count = min(self.plan.width, scores_FV.shape[-1])
         log_q_FC, top_FC = scores_FV.log_softmax(-1).topk(count)
-        if draw is Draw.POINT:
-            return log_q_FC, top_FC
-        raced_FC = draw_children(scores_FV, scores_FV.softmax(-1), draw, count, position, self.chance)
+        if self.draw is Draw.POINT:
+            return log_q_FC, self.named(top_FC)
+        raced_FC = draw_children(scores_FV, scores_FV.softmax(-1), self.draw, count, position, self.chance)
         return log_q_FC.masked_fill(raced_FC < 0, -torch.inf), raced_FC
 
-    def _best(self, draw: Draw, parents: list[int], ran_as: list[int], tokens: Tensor, scores: Tensor) -> Grown:
+    def _best(self, parents: list[int], ran_as: list[int], tokens: Tensor, scores: Tensor) -> Grown:
         """The most probable candidates. None is more probable than its parent, which stands before it."""
         order = scores.sort(descending=True, stable=True).indices[: self.plan.budget]
         kept: list[int] = order[scores[order] > -torch.inf].sort().values.tolist()
         number = {-1: -1, **{candidate: i for i, candidate in enumerate(kept)}}
         tree = TokenTree(tokens[kept], tuple(number[parents[candidate]] for candidate in kept))
-        return Grown(Proposal(tree, (draw,) * len(kept)), tuple(ran_as[candidate] for candidate in kept))
+        return Grown(Proposal(tree, (self.draw,) * len(kept)), tuple(ran_as[candidate] for candidate in kept))

@@ -68,6 +68,11 @@ class Sampling:
     def is_greedy(self) -> bool:
         return self.temperature < _GREEDY_BELOW
 
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether scores depend on the tokens before them, and so on which id a column has."""
+        return self.repetition_penalty != 1.0 or bool(self.processors)
+
     @cached_property
     def _by_prefix(self) -> LogitsProcessorList:
         return LogitsProcessorList(self.processors)
@@ -93,7 +98,7 @@ class Sampling:
         are; processors other than the repetition penalty are given all of it, and spend on it what they spend.
         """
         scores = logits if logits.dtype == torch.float64 else logits.float()
-        if self.repetition_penalty != 1.0 or self.processors:
+        if self.reads_prefix:
             history = prefix if isinstance(prefix, History) else History(prefix)
             if self.repetition_penalty != 1.0:
                 scores = self._penalized(scores, history, tree, nodes)

@@ -17,6 +17,7 @@ import torch
 from specdec.kernels import ops
 from specdec.runtime import graph
 from specdec.runtime.native import NativeModel
+from specdec.vocabulary import cut_head
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -35,6 +36,7 @@ class Worker:
             "config": inner.config.to_dict(),
             "dtype": _name(inner.dtype),
             "hidden": model.hidden,
+            "head_rows": inner.get_output_embeddings().weight.shape[0],
             "dtypes": {name: _name(tensor.dtype) for name, tensor in graph.tensors(model).items()},
             "fingerprint": graph.fingerprint(model),
         }
@@ -76,7 +78,10 @@ def main() -> None:
     config = kind.config_class.from_dict(order["config"])
     with no_init_weights():  # buffers have their values: small ones are written into the code
         empty = kind._from_config(config, dtype=getattr(torch, order["dtype"]))
-    model = NativeModel(empty.eval(), order["hidden"])
+    empty.eval()
+    if order["head_rows"] != empty.get_output_embeddings().weight.shape[0]:  # of a draft vocabulary
+        empty = cut_head(empty, torch.arange(order["head_rows"]))
+    model = NativeModel(empty, order["hidden"])
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         # A model that was converted after loading has its buffers in other dtypes than its class makes them.
         parent, _, leaf = name.rpartition(".")
