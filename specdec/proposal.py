@@ -25,6 +25,8 @@ class Draw(Enum):
     POINT = "point"  # deterministic given its parent: a point mass
     SAMPLED = "sampled"  # drawn from a distribution row, without replacement among its siblings, in node order
     SHARED = "shared"  # drawn by the race on the noise of its position, which the verifier knows too
+    #: Of siblings, never of a node: the first is sampled from what the others, which are the top tokens, leave.
+    MIXED = "mixed"
 
 
 @dataclass(frozen=True, eq=False)

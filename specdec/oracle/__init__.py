@@ -2,7 +2,7 @@
 
 from specdec.oracle.certificate import TOLERANCE, Measurement, Result, applicable, certify, complete, measure
 from specdec.oracle.chance import EnumeratedChance, OracleError, enumerate_outcomes
-from specdec.oracle.laws import LAWS, Law, MixedSiblings, ModelLaw
+from specdec.oracle.laws import LAWS, Law, ModelLaw
 from specdec.oracle.toy import Toy, ToySession
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "EnumeratedChance",
     "Law",
     "Measurement",
-    "MixedSiblings",
     "ModelLaw",
     "OracleError",
     "Result",

@@ -85,14 +85,11 @@ class ModelLaw:
         return proposal
 
 
-@dataclass(frozen=True)
-class MixedSiblings:
+class BestFirst:
     """Two siblings: the draft's best token, and one drawn from the rest; below each, one sampled child.
 
-    The greedy-draft law of Hu et al. (arXiv 2502.18779). Both orders are exact; sampled first accepts more.
+    Mixed siblings in the other order: also exact, and less is accepted.
     """
-
-    sampled_first: bool
 
     def __call__(self, toy: Toy, context: Context, chance: Chance) -> Proposal:
         rest = toy.q(context).clone()
@@ -100,13 +97,10 @@ class MixedSiblings:
         rest[best] = 0
         rows = [rest / rest.sum()]
         sampled = int(chance.draw(rows[0][None]))
-        first, second = (sampled, best) if self.sampled_first else (best, sampled)
-        rows += [toy.q((*context, first)), toy.q((*context, second))]
+        rows += [toy.q((*context, best)), toy.q((*context, sampled))]
         below = [int(chance.draw(row[None])) for row in rows[1:]]
-        draws = (Draw.SAMPLED, Draw.POINT) if self.sampled_first else (Draw.POINT, Draw.SAMPLED)
-        q_rows = (0, -1) if self.sampled_first else (-1, 0)
-        tree = TokenTree.of([first, second, *below], [-1, -1, 0, 1])
-        return Proposal(tree, (*draws, Draw.SAMPLED, Draw.SAMPLED), torch.stack(rows), (*q_rows, 1, 2))
+        tree = TokenTree.of([best, sampled, *below], [-1, -1, 0, 1])
+        return Proposal(tree, (Draw.POINT, *[Draw.SAMPLED] * 3), torch.stack(rows), (-1, 0, 1, 2))
 
 
 def _no_draft(toy: Toy, context: Context, chance: Chance) -> Proposal:
@@ -114,13 +108,11 @@ def _no_draft(toy: Toy, context: Context, chance: Chance) -> Proposal:
 
 
 def _model(name: str, draw: Draw, plan: Plan, vocab_size: int = 3, greedy: bool = False, **more: Any) -> Law:
-    trees = any(count > 1 for count in plan.branching)
-    draw_law = ModelLaw(draw, plan, greedy)
-    return Law(name, draw_law, frozenset({draw}), vocab_size, plan.depth, trees, greedy=greedy, **more)
-
-
-def _mixed(name: str, sampled_first: bool) -> Law:
-    return Law(name, MixedSiblings(sampled_first), frozenset({Draw.SAMPLED, Draw.POINT}), 3, 2, trees=True)
+    trees = any(count > 1 for count in plan.branching) or bool(plan.shape) or plan.budget > 0
+    kinds = {Draw.SAMPLED, Draw.POINT} if draw is Draw.MIXED else {draw}
+    return Law(
+        name, ModelLaw(draw, plan, greedy), frozenset(kinds), vocab_size, plan.depth, trees, greedy=greedy, **more
+    )
 
 
 LAWS: tuple[Law, ...] = (
@@ -135,10 +127,15 @@ LAWS: tuple[Law, ...] = (
     _model("sampled tree (2,1)", Draw.SAMPLED, Plan(2, (2, 1))),
     _model("sampled tree (2,2)", Draw.SAMPLED, Plan(2, (2, 2)), thin=True),
     _model("sampled tree (2,1), stop-after", Draw.SAMPLED, Plan(2, (2, 1), stop_below=0.4)),
-    _mixed("mixed siblings, sampled first", True),
-    _mixed("mixed siblings, best first", False),
+    _model("sampled tree of a shape", Draw.SAMPLED, Plan(2, shape=(-1, -1, 1, 1))),
+    _model("mixed siblings (3)", Draw.MIXED, Plan(1, (3,)), 4),
+    _model("mixed tree (2,1)", Draw.MIXED, Plan(2, (2, 1))),
+    _model("mixed tree (2,2)", Draw.MIXED, Plan(2, (2, 2)), thin=True),
+    Law("mixed siblings, best first", BestFirst(), frozenset({Draw.SAMPLED, Draw.POINT}), 3, 2, trees=True),
     _model("top-k tree (2,2)", Draw.POINT, Plan(2, (2, 2))),
+    _model("top-k tree, 4 most probable nodes", Draw.POINT, Plan(3, budget=4, width=2)),
     _model("shared-noise tree (2,2)", Draw.SHARED, Plan(2, (2, 2)), thin=True),
+    _model("shared-noise tree, 3 most probable nodes", Draw.SHARED, Plan(2, budget=3, width=2), thin=True),
     _model("temperature 0: chain", Draw.POINT, Plan(3), greedy=True),
     _model("temperature 0: tree (2,2)", Draw.POINT, Plan(2, (2, 2)), greedy=True),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,7 @@ def default_bytes(device: torch.device) -> int:
 class _Entry:
     """The keys and values of a prompt's beginning; `keys[i]` stands for its first i + 1 chunks."""
 
+    owner: Hashable
     backend: Backend
     features: FeatureStore | None
     tokens: tuple[int, ...]
@@ -44,12 +46,17 @@ class _Entry:
     num_bytes: int
 
 
+def _owner(session: Session) -> Hashable:
+    """What keys, values and hidden states depend on besides the tokens."""
+    return id(session.backend.family), session.hidden, session.salt
+
+
 def _chunks(session: Session, length: int) -> tuple[list[int], list[int]]:
     """Where the whole chunks within `length` tokens end, and a key for each beginning up to there. O(length)."""
     tokens = session.tokens
     ends: list[int] = []
     keys: list[int] = []
-    start, key = 0, hash((id(session.backend.family), session.hidden, session.salt))
+    start, key = 0, hash(_owner(session))
     while (end := chunk_end(start)) <= length:
         key = hash((key, tuple(tokens[start:end])))
         ends.append(end)
@@ -111,7 +118,9 @@ class PrefixCache:
             ends, keys = _chunks(session, len(session.tokens) - 1)
             for end, key in zip(reversed(ends), reversed(keys), strict=True):
                 entry = self._by_key.get(key)
-                if entry is not None and entry.tokens[:end] == tuple(session.tokens[:end]):
+                if entry is None or entry.owner != _owner(session):
+                    continue
+                if entry.tokens[:end] == tuple(session.tokens[:end]):
                     self._touch(entry)
                     features = entry.features.fork(end) if entry.features is not None else None
                     session.adopt(entry.backend.fork(end), end, features)
@@ -140,7 +149,7 @@ class PrefixCache:
             backend = session.backend.fork(ends[-1])
             features = session.features.fork(ends[-1]) if session.features is not None else None
             size = backend.num_bytes + (features.num_bytes if features is not None else 0)
-            entry = _Entry(backend, features, tuple(session.tokens[: ends[-1]]), tuple(keys), size)
+            entry = _Entry(_owner(session), backend, features, tuple(session.tokens[: ends[-1]]), tuple(keys), size)
             self._entries[keys[-1]] = entry
             self._by_key.update(dict.fromkeys(keys, entry))
 

@@ -200,7 +200,7 @@ def test_random_lives_reuse_the_longest_beginning_that_is_kept(life: list) -> No
 
 
 def test_keys_that_collide_are_told_apart(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def same_keys(family: object, tokens: Any, length: int) -> tuple[list[int], list[int]]:
+    def same_keys(session: Any, length: int) -> tuple[list[int], list[int]]:
         ends = [end for end in (128, 256, 512) if end <= length]
         return ends, [1, 2, 3][: len(ends)]
 
@@ -209,6 +209,10 @@ def test_keys_that_collide_are_told_apart(model: Any, monkeypatch: pytest.Monkey
     cache = PrefixCache(1 << 30)
     prefilled(cache, backend, LONG)
     other = [1, *LONG]
+    for made in (Session(backend.fork(0), hidden=(0,)), Session(backend.fork(0), salt=1)):
+        made.append(LONG)
+        run(cache.prefill(made))
+        assert made.num_reused == 0
     session = prefilled(cache, backend, other)
     assert session.num_reused == 0
     torch.testing.assert_close(
