@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -62,12 +64,25 @@ def fingerprint(model: NativeModel) -> str:
         "hidden": model.hidden,
         "input_width": model.input_width,
         "versions": [torch.__version__, transformers.__version__],
+        "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def folder() -> Path:
     return cache_folder() / "graphs"
+
+
+def _loader(path: Path) -> Any:
+    """What `torch._inductor.aoti_load_package` wraps, without its check of the CPU.
+
+    That check runs the system's compiler for seconds, in every process, and ends in a warning; the fingerprint knows
+    the CPU too.
+    """
+    try:
+        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    except (AttributeError, TypeError):  # no public name, no promise: another torch may have it elsewhere
+        return torch._inductor.aoti_load_package(str(path)).loader
 
 
 class Graph:
@@ -78,7 +93,7 @@ class Graph:
     """
 
     def __init__(self, path: Path, model: NativeModel):
-        package = torch._inductor.aoti_load_package(str(path))
+        package = _loader(path)
         bound = tensors(model)
         wanted = package.get_constant_fqns()
         missing = [name for name in wanted if name not in bound]
@@ -86,8 +101,8 @@ class Graph:
             raise RuntimeError(f"the graph wants {missing[0]}, which the model does not have")
         # The graph reads these where they lie: they must live as long as it does.
         self._bound = {name: bound[name].detach() for name in wanted}
-        package.load_constants(self._bound, check_full_update=True, user_managed=True)
-        self._run: Callable[[list[Tensor]], list[Tensor]] = package.loader.run
+        package.load_constants(self._bound, False, True, True)  # into the active set; all of them; used where they lie
+        self._run: Callable[[list[Tensor]], list[Tensor]] = package.run
 
     def __call__(self, *given: Tensor) -> Sequence[Tensor]:
         return self._run(list(given))
