@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ class Store:
                 _unflatten(optimizer, load_file(path / f"optimizer-{i}.safetensors"))
             best = load_file(path / "best.safetensors") if (path / "best.safetensors").exists() else None
             chance = load_file(path / f"chance-{self.accelerator.process_index}.safetensors")
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise InputError(f"{path} cannot be continued: {str(error).splitlines()[0]}; use --restart") from error
         torch.set_rng_state(chance["cpu"])
         if "cuda" in chance and torch.cuda.is_available():

@@ -135,14 +135,18 @@ def read_documents(paths: Sequence[str | Path], held_out_share: float = HELD_OUT
     return [Document(text, text in held_out) for text in texts]
 
 
-def encode(texts: Iterable[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text, marked off by what the tokenizer puts in front, else by its end-of-text token behind."""
+def encode(texts: Iterable[str], tokenizer: Any, closed: bool = True) -> list[list[int]]:
+    """Token ids of each text.
+
+    `closed`: where the tokenizer puts nothing in front of a text, its end-of-text token is put behind, so that texts in
+    a row are told apart.
+    """
     if tokenizer is None:
         raise InputError("training text needs the target's tokenizer, and there is none beside the weights")
     ids: list[list[int]] = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
     end = getattr(tokenizer, "eos_token_id", None)
     opens = getattr(tokenizer, "bos_token_id", None)
-    if end is not None and any(row and row[0] != opens for row in ids):
+    if closed and end is not None and any(row and row[0] != opens for row in ids):
         return [[*row, end] for row in ids]
     return ids
 

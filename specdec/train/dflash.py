@@ -19,7 +19,8 @@ from transformers import Qwen3Config
 
 from specdec.errors import InputError
 from specdec.formats import dflash as files
-from specdec.models.dflash import DFlashConfig, DFlashModel, anchored_hidden, check_target, spread_layers
+from specdec.models.dflash import DFlashConfig, DFlashModel, check_target, spread_layers
+from specdec.models.dflash_anchors import anchored_hidden
 from specdec.train import provenance
 from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap
 from specdec.train.objective import Batch, Losses, Objective
@@ -107,7 +108,9 @@ class DFlashObjective(Objective):
         shape.add_argument("--layers", type=int, default=2, metavar="N", help="(default: 2)")
         shape.add_argument("--heads", type=int, metavar="N", help="attention heads (default: the target's width)")
         shape.add_argument("--kv-heads", type=int, metavar="N", help="key-value heads (default: half as many)")
-        shape.add_argument("--intermediate", type=int, metavar="N", help="width of the MLP (default: twice the target's)")
+        shape.add_argument(
+            "--intermediate", type=int, metavar="N", help="width of the MLP (default: twice the target's)"
+        )
         shape.add_argument("--block", type=int, default=8, metavar="N", help="slots, the root's included (default: 8)")
         shape.add_argument(
             "--target-layers",

@@ -21,7 +21,9 @@ from transformers import DynamicCache
 
 from specdec.errors import InputError
 from specdec.formats import eagle as files
-from specdec.models.eagle import OWN, EagleConfig, EagleModel, bind, build, default_layer_ids, own_tensors
+from specdec.loading import EMBEDDED, load_model
+from specdec.models.eagle import OWN, EagleConfig, EagleModel, bind, default_layer_ids, own_tensors
+from specdec.train import provenance
 from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap, restrict
 from specdec.train.objective import Batch, Losses, Objective
 
@@ -188,9 +190,9 @@ class EagleObjective(Objective):
         )
         shape.add_argument(
             "--head",
-            choices=("target", "own"),
-            default="target",
-            help="predict with the target's head, or with one of its own that starts from it (default: target)",
+            choices=("own", "target"),
+            default="own",
+            help="predict with a head of its own that starts from the target's, or with the target's (default: own)",
         )
         how = parser.add_argument_group("training")
         how.add_argument("--loss", choices=tuple(LOSSES), default="fkl", help="(default: fkl)")
@@ -234,22 +236,17 @@ class EagleObjective(Objective):
         """The target's states, fused, `[B, L, H]` in float32 or the target's float64."""
         return self.head.fuse(torch.cat([batch.hidden[i] for i in self.head.config.hidden], -1))
 
-    def _step_loss(self, own_NH: Tensor, p_logits_NV: Tensor, counts_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of losses, of overlaps and of the positions that count: those whose best token can be drafted."""
+    def _step_loss(self, own_NH: Tensor, p_logits_NV: Tensor, counts_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the losses where they count, and at how many positions: those whose best token can be drafted."""
         ids_R = self.head.draft_ids
-        q_logits_NR = self.head.lm_head(own_NH)
         p_NV = p_logits_NV.softmax(-1)
-        inside_N, within_NR = counts_N, p_NV
         if len(ids_R) < p_NV.shape[1]:
-            within_NR, _ = restrict(p_NV, ids_R)
             can_V = torch.zeros(p_NV.shape[1], dtype=torch.bool, device=ids_R.device)
             can_V[ids_R] = True
-            inside_N = counts_N & can_V[p_NV.argmax(-1)]
-        loss_N = divergence(self.loss_name, within_NR, q_logits_NR)
-        with torch.no_grad():
-            both_N, _ = overlap(p_NV, q_logits_NR, ids_R)
-        zero = torch.zeros_like(loss_N)
-        return torch.where(inside_N, loss_N, zero).sum(), (both_N * counts_N).sum(), inside_N.sum()
+            counts_N = counts_N & can_V[p_NV.argmax(-1)]
+            p_NV, _ = restrict(p_NV, ids_R)
+        loss_N = divergence(self.loss_name, p_NV, self.head.lm_head(own_NH))
+        return torch.where(counts_N, loss_N, torch.zeros_like(loss_N)).sum(), counts_N.sum()
 
     def loss(self, batch: Batch) -> Losses:
         features_BLH = self._features(batch)
@@ -261,23 +258,22 @@ class EagleObjective(Objective):
         steps = self.unroll_steps
         counts_BS = batch.starts(steps, 1)
         num_starts = counts_BS.shape[1]
-        total, weights, first_overlap = features_BLH.new_zeros(()), 0.0, features_BLH.new_zeros(())
+        total, weights, by_step = features_BLH.new_zeros(()), 0.0, []
         for j, (_, own) in enumerate(_unrolled(self.head, batch.tokens_BL, features_BLH, steps, logits=False)):
             p_logits = batch.logits_BLV[:, 1 + j : 1 + j + num_starts]
             normed = own if is_first or self.head.config.norm_output else self.head.norm(own)
             parts = in_pieces(
                 self._step_loss, p_logits.shape[-1], normed.flatten(0, 1), p_logits.flatten(0, 1), counts_BS.flatten()
             )
-            value, both, count = (torch.stack(part).sum() for part in zip(*parts, strict=True))
+            value, count = (torch.stack(part).sum() for part in zip(*parts, strict=True))
             value = value / count.clamp_min(1)
             if is_first:
                 gap = nn.functional.smooth_l1_loss(own, truth_BLH[:, 1 + j : 1 + j + num_starts], reduction="none")
                 value = gap.mean(-1)[counts_BS].mean() + _CE_WEIGHT * value
             total = total + _DECAY**j * value
             weights += _DECAY**j
-            if j == 0:
-                first_overlap = both / counts_BS.sum().clamp_min(1)
-        return Losses(total / weights, {"overlap": first_overlap.detach()})
+            by_step.append(value.detach())
+        return Losses(total / weights, {"first": by_step[0], "last": by_step[-1]})
 
     def acceptance(self, batch: Batch) -> tuple[Tensor, Tensor]:
         counts_BS = batch.starts(self.depth, 1)
@@ -297,7 +293,21 @@ class EagleObjective(Objective):
 
     @classmethod
     def export(cls, source: Path, out: Path, layout: str) -> None:
-        files.export(source, out, layout)
+        """Raises `InputError` for a head that predicts with its target's, unless that is the embedded target."""
+        found = files.read(source)
+        table = None if found.config.own_head else _embedded_head(source)
+        files.export(found, out, table)
+
+
+def _embedded_head(source: Path) -> Tensor:
+    target = load_model(EMBEDDED / "target", device="cpu")
+    if provenance.read(source)["target"] != provenance.fingerprint(target):
+        raise InputError(
+            "this head predicts with its target's own head, which the speculators layout cannot say; train it with "
+            "--head own, or use it as it is"
+        )
+    rows: Tensor = target.get_output_embeddings().weight.detach()
+    return rows
 
 
 class _Own(nn.Module):

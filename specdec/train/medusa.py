@@ -22,14 +22,7 @@ from specdec.loading import EMBEDDED
 from specdec.policy import MAX_DEPTH
 from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap, restrict
 from specdec.train.objective import Batch, Losses, Objective
-
-
-def frequent_tokens(rows: np.ndarray, size: int, vocab_size: int, always: tuple[int, ...] = ()) -> Tensor:
-    """int64 `[size]`, rising: `always`, then the most frequent tokens of `rows`; of equal ones the smaller ids."""
-    counts = np.bincount(rows.reshape(-1), minlength=vocab_size)[:vocab_size].astype(np.int64)
-    counts[[token for token in always if 0 <= token < vocab_size]] = counts.max() + 1
-    order = np.argsort(-counts, kind="stable")[:size]
-    return torch.from_numpy(np.sort(order).astype(np.int64))
+from specdec.vocabulary import always_included, count_tokens, most_frequent
 
 
 class MedusaObjective(Objective):
@@ -109,10 +102,9 @@ class MedusaObjective(Objective):
     def begin(self, rows: np.ndarray) -> None:
         heads = self.module
         if heads.d2t_absolute is not None:
-            ends = self.target.config.get_text_config(decoder=True).eos_token_id
-            always = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
-            shape = heads.shape
-            ids = frequent_tokens(rows, shape.draft_size, shape.vocab_size, always)
+            counts_V = count_tokens([rows.reshape(-1)], heads.shape.vocab_size)
+            always = always_included(self.tokenizer, self.target)
+            ids = most_frequent(counts_V, heads.shape.draft_size, always).ids_R
             heads.d2t_absolute.copy_(ids)
             self._start_projections()
 
@@ -164,7 +156,9 @@ class MedusaObjective(Objective):
             p_logits_NV = batch.logits_BLV[:, k + 1 : k + 1 + length][starts]
 
             def piece(states_NH: Tensor, p_logits_NV: Tensor, k: int = k) -> Tensor:
-                return torch.stack(overlap(p_logits_NV.softmax(-1), self.module(k, states_NH), self.module.d2t_absolute))
+                return torch.stack(
+                    overlap(p_logits_NV.softmax(-1), self.module(k, states_NH), self.module.d2t_absolute)
+                )
 
             columns.append(torch.cat(in_pieces(piece, self.module.shape.vocab_size, states_NH, p_logits_NV), 1))
         overlap_NK, agree_NK = torch.stack(columns, 2)

@@ -115,9 +115,7 @@ def own_texts(target: Any, prompts: Sequence[list[int]], what: SelfGeneration, f
         path = kept / f"{first:07d}.safetensors"
         if not path.exists():
             decoder = decoder or SpeculativeDecoder(target, prefix_cache=0)
-            made = _shard(
-                decoder, prompts[first : first + _SHARD], first, what, getattr(target.config, "pad_token_id", None) or 0
-            )
+            made = _shard(decoder, prompts[first : first + _SHARD], first, what)
             aside = path.with_suffix(".partial")
             save_file(made, aside)
             os.replace(aside, path)
@@ -150,7 +148,7 @@ def self_generated(
     sides = []
     held_out_count = max(_MIN_HELD_OUT, round(what.held_out_share * what.count))
     for held_out, count in ((False, what.count), (True, held_out_count)):
-        ids = encode([d.text for d in documents if d.held_out == held_out], tokenizer)
+        ids = encode([d.text for d in documents if d.held_out == held_out], tokenizer, closed=False)
         prompts = choose_prompts(ids, count, what.prompt_tokens, opening, what.seed + held_out)
         sides.append(own_texts(target, prompts, what, folder, told))
     train = Rows(sides[0].tokens_RL, np.zeros_like(sides[0].first_R), sides[0].last_R)

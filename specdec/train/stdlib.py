@@ -7,6 +7,7 @@ every machine with the same Python version; built-in prompts come from held-out 
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 
@@ -27,12 +28,23 @@ def is_held_out(relative: str) -> bool:
     return int(hashlib.sha256(relative.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
+def _paths() -> list[str]:
+    """Of usable files, relative to the root, sorted."""
+    found = []
+    for folder, folders, names in os.walk(root()):
+        # Installed packages lie under the same root, and walking through them takes far longer than the rest.
+        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages")]
+        where = Path(folder).relative_to(root())
+        found += [(where / name).as_posix() for name in names if name.endswith(".py")]
+    return sorted(path for path in found if not any(part in path for part in _SKIPPED))
+
+
 def documents() -> list[Document]:
     """One per file, in the order of their paths."""
     found = []
-    for path in sorted(root().rglob("*.py")):
-        relative = path.relative_to(root()).as_posix()
-        if any(part in relative for part in _SKIPPED) or not _MIN_BYTES < path.stat().st_size < _MAX_BYTES:
+    for relative in _paths():
+        path = root() / relative
+        if not _MIN_BYTES < path.stat().st_size < _MAX_BYTES:
             continue
         try:
             found.append(Document(path.read_text(encoding="utf-8"), is_held_out(relative)))
