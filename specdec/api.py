@@ -18,6 +18,7 @@ from specdec.generation import Generation, Stream
 from specdec.guard import GuardedDrafter
 from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafter, stored_dtype
 from specdec.policy import Policy
+from specdec.prompting import Prompt, Prompts, encode, eos_ids, fitting_ids, is_several
 from specdec.proposal import Draw
 from specdec.runtime.choose import fastest_dtype, open_backend
 from specdec.runtime.features import Features
@@ -27,18 +28,6 @@ from specdec.sampling import Sampling
 from specdec.text import Ending
 from specdec.trace import Trace
 from specdec.verifier import Verifier
-
-Prompt = str | Sequence[int] | torch.Tensor | Sequence[Mapping[str, str]]
-Prompts = (
-    list[str]
-    | list[list[int]]
-    | list[torch.Tensor]
-    | list[list[Mapping[str, str]]]
-    | tuple[str, ...]
-    | tuple[list[int], ...]
-    | tuple[torch.Tensor, ...]
-)
-
 
 class SpeculativeDecoder:
     """A target, a drafter, a verifier and a policy on the KV runtime.
@@ -124,54 +113,7 @@ class SpeculativeDecoder:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A string, token ids, a 1-D tensor, or chat messages, as token ids."""
-        if isinstance(prompt, torch.Tensor):
-            if prompt.ndim == 2 and prompt.shape[0] == 1:
-                prompt = prompt[0]
-            if prompt.ndim != 1:
-                raise InputError(f"a prompt tensor has one dimension; this one has shape {list(prompt.shape)}")
-            return [int(token) for token in prompt.tolist()]
-        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
-            if self.tokenizer is None:
-                raise InputError("a text prompt needs a tokenizer; pass tokenizer=, or give token ids")
-            if isinstance(prompt, str):
-                return list(self.tokenizer(prompt)["input_ids"])
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise InputError("the tokenizer has no chat template; give the prompt as a string")
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-            return list(ids["input_ids"])
-        if not all(isinstance(token, int) for token in prompt):
-            raise InputError(
-                "a prompt is one string, one list of token ids, a 1-D tensor, or chat messages; "
-                "several prompts are a list of those, for generate, generate_plain and batch()"
-            )
-        return list(prompt)  # type: ignore[arg-type]
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        ids = self.encode(prompt)
-        capabilities = self.backend.capabilities
-        if not ids:
-            bos = getattr(self.tokenizer, "bos_token_id", None)
-            if bos is None:
-                raise InputError("the prompt is empty and the tokenizer has no BOS token to start from")
-            ids = [bos]
-        if len(ids) >= capabilities.context:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens and the model's context is {capabilities.context}: nothing is left "
-                "to generate; shorten the prompt"
-            )
-        if not all(0 <= token < capabilities.vocab_size for token in ids):
-            raise InputError(f"the prompt has a token outside the vocabulary of {capabilities.vocab_size}")
-        return ids
-
-    def _eos_ids(self, given: int | Sequence[int] | None) -> frozenset[int]:
-        if given is None:
-            generation = getattr(self.target, "generation_config", None)
-            given = getattr(generation, "eos_token_id", None)
-            if given is None:
-                given = getattr(self.target.config, "eos_token_id", None)
-        if given is None:
-            return frozenset()
-        return frozenset([given] if isinstance(given, int) else given)
+        return encode(prompt, self.tokenizer)
 
     def prepare(
         self,
@@ -208,7 +150,7 @@ class SpeculativeDecoder:
                 f"exact=True compares with plain decoding of the same seed, which the {verifier.name} verifier does "
                 "not keep; use verifier='coupled'"
             )
-        ids = self._prompt_ids(prompt)
+        ids = fitting_ids(prompt, self.tokenizer, self.backend.capabilities)
         capabilities = self.backend.capabilities
         if drafter.hidden:
             self.backend.expose(drafter.hidden)
@@ -219,7 +161,7 @@ class SpeculativeDecoder:
             draw=self._check_parts(drafter, verifier, policy),
             vocab_size=capabilities.vocab_size,
             max_length=min(capabilities.context, len(ids) + max_new_tokens),
-            eos_ids=self._eos_ids(eos_token_id),
+            eos_ids=eos_ids(self.target, eos_token_id),
             features=Features(session) if drafter.hidden else None,
             target=session if drafter.shares_target else None,
         )
@@ -295,7 +237,7 @@ class SpeculativeDecoder:
         return made
 
     def _generate(self, prompt: Any, options: dict[str, Any]) -> Any:
-        return self._together(prompt, options) if _is_several(prompt) else self.stream(prompt, **options).finish()
+        return self._together(prompt, options) if is_several(prompt) else self.stream(prompt, **options).finish()
 
     def _together(self, prompts: Any, options: dict[str, Any]) -> list[Generation]:
         """A list of prompts, in one batch."""
@@ -336,13 +278,6 @@ class SpeculativeDecoder:
         }
         made: Generation | list[Generation] = self._generate(prompt, {**options, **plain})
         return made
-
-
-def _is_several(prompt: Any) -> bool:
-    """Whether this is a list of prompts: strings, tensors, or lists. Chat messages are mappings, token ids numbers."""
-    if not isinstance(prompt, (list, tuple)) or not prompt:
-        return False
-    return isinstance(prompt[0], (str, list, tuple)) or (isinstance(prompt[0], torch.Tensor) and prompt[0].ndim > 0)
 
 
 def fitting_verifiers(drafter: Drafter, policy: Policy) -> list[str]:

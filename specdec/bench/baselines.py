@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specdec.errors import IncompatiblePairError, InputError
+from specdec.prompting import eos_ids
 
 if TYPE_CHECKING:
     from specdec.api import SpeculativeDecoder
@@ -34,7 +35,7 @@ def _generation_config(decoder: SpeculativeDecoder, options: Mapping[str, Any]) 
     from transformers import GenerationConfig
 
     temperature = options.get("temperature", 0.0)
-    eos = sorted(decoder._eos_ids(options.get("eos_token_id")))
+    eos = sorted(eos_ids(decoder.target, options.get("eos_token_id")))
     stop = options.get("stop") or None
     sampling = (
         {
