@@ -29,6 +29,7 @@ from specdec.text import Ending
 from specdec.trace import Trace
 from specdec.verifier import Verifier
 
+
 class SpeculativeDecoder:
     """A target, a drafter, a verifier and a policy on the KV runtime.
 
@@ -187,7 +188,7 @@ class SpeculativeDecoder:
         if self.memory_budget is None:
             return 0
         plan = policy.start().plan()
-        length = min(request.max_length + plan.num_nodes, self.backend.capabilities.context)
+        length = min(request.max_length + max(plan.num_nodes, plan.limit), self.backend.capabilities.context)
         target, draft = self.backend.bytes_for(length), drafter.bytes_for(length)
         if target + draft > self.memory_budget:
             raise MemoryBudgetError(
