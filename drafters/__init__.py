@@ -1,8 +1,19 @@
 """Drafters, one file each (imported as `specdec.drafters`)."""
 
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.parallel import ParallelDrafter
 from specdec.drafters.suffix import SuffixDrafter
 
-__all__ = ["ModelDrafter", "NgramDrafter", "NoDrafter", "SuffixDrafter"]
+__all__ = [
+    "LookaheadDrafter",
+    "MedusaDrafter",
+    "ModelDrafter",
+    "NgramDrafter",
+    "NoDrafter",
+    "ParallelDrafter",
+    "SuffixDrafter",
+]

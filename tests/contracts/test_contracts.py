@@ -11,14 +11,16 @@ from functools import cache
 from typing import Any
 
 import pytest
+import tiny_dflash
 import tiny_models
 import torch
-from specdec.drafters import ModelDrafter, NgramDrafter, NoDrafter, SuffixDrafter
+from specdec.drafters import LookaheadDrafter, MedusaDrafter, ModelDrafter, NgramDrafter, NoDrafter, SuffixDrafter
 from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
 
 import specdec
 from specdec import registry
 from specdec.drafter import Drafter
+from specdec.formats.medusa_heads import HeadShape, MedusaHeads
 from specdec.generation import Stream
 from specdec.policy import Confidence, Fixed, Heuristic, Policy, Throughput
 from specdec.tree_policy import DynamicTree, StaticTree
@@ -38,10 +40,25 @@ def partial_draft() -> torch.nn.Module:
     return tiny_models.noisy(target(), NOISE)
 
 
+@cache
+def medusa_heads() -> MedusaHeads:
+    """Heads that repeat the target's own prediction, more or less: right now and then."""
+    heads = MedusaHeads(HeadShape(3, 1, 16, tiny_models.VOCAB, tiny_models.VOCAB, "tied")).double()
+    return tiny_models.randomize(heads, NOISE, 0)
+
+
+@cache
+def partial_block_draft() -> torch.nn.Module:
+    return tiny_dflash.fitted(target(), PROMPT + tiny_models.reference(target(), PROMPT, 30))
+
+
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
+    "lookahead": lambda: LookaheadDrafter(window=3, ngram=3, guesses=3),
+    "medusa": lambda: MedusaDrafter(target(), medusa_heads()),
     "model": lambda: ModelDrafter(partial_draft()),
     "ngram": NgramDrafter,
     "none": NoDrafter,
+    "parallel": lambda: tiny_dflash.drafter(target(), partial_block_draft()),
     "suffix": SuffixDrafter,
 }
 POLICIES: dict[str, Callable[[], Policy]] = {
