@@ -19,6 +19,9 @@ from specdec.proposal import Draw, Proposal
 from specdec.runtime.session import Steps
 from specdec.tree import TokenTree
 
+# Logit of a token outside a draft vocabulary.
+_OUTSIDE = -1e4
+
 #: `expand(ran)` gives the logits `[F, V]` of the newest level of `ran`, in the order of its nodes; of the root for the
 #: empty tree. `ran` holds the nodes that are expanded, no leaves; it grows from call to call.
 Expand = Callable[[TokenTree], Steps[Tensor]]
@@ -43,8 +46,11 @@ def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
 
 
 def spread(logits_FR: Tensor, ids_R: Tensor, vocab_size: int) -> Tensor:
-    """Logits of a draft vocabulary in the target's ids, `[F, V]`: -inf for every other token."""
-    full_FV = logits_FR.new_full((logits_FR.shape[0], vocab_size), float("-inf"))
+    """Logits of a draft vocabulary in the target's ids, `[F, V]`: so low for every other token that its probability is 0.
+
+    Not -inf: where processors ban all that the drafter knows, what they allow remains a distribution.
+    """
+    full_FV = logits_FR.new_full((logits_FR.shape[0], vocab_size), _OUTSIDE)
     return full_FV.index_copy_(1, ids_R, logits_FR)
 
 
