@@ -25,15 +25,16 @@ _PROBE_ROWS = 5
 
 
 def open_backend(model: Any, name: str | None = None, numerics: str | None = None, **options: Any) -> Backend:
-    """The backend of that name on a loaded model; None takes `compiled` where it runs, else `eager`.
+    """The backend of that name on a loaded model; None takes `compiled` (on a GPU `cuda`) where it runs, else `eager`.
 
     numerics="invariant" wants a row's bits to be independent of the rows beside it, and refuses where that cannot be
-    had; "fast" allows stock products; None is invariant where the native kernels run.
+    had; "fast" allows stock products; None is invariant where our own kernels run.
     """
     if numerics not in (None, *NUMERICS):
         raise InputError(f"numerics must be one of {NUMERICS} or None, not {numerics!r}")
     if name is None:
-        name = "eager" if numerics == "fast" else "compiled"
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        name = "cuda" if on_gpu else "eager" if numerics == "fast" else "compiled"
         try:
             backend: Backend = registry.find("backend", name).open(model, **options)
         except UnsupportedModelError as error:
@@ -41,7 +42,7 @@ def open_backend(model: Any, name: str | None = None, numerics: str | None = Non
             backend = registry.find("backend", "eager").open(model)
             if numerics == "invariant":
                 raise InputError(f"numerics='invariant' cannot be had here: {error}") from error
-            if ops.available() and next(model.parameters()).device.type == "cpu":
+            if on_gpu or (ops.available() and next(model.parameters()).device.type == "cpu"):
                 warnings.warn(f"the eager backend is used: {error}", BackendWarning, stacklevel=3)
         return backend
     backend = registry.find("backend", name).open(model, **options)
