@@ -20,6 +20,7 @@ from specdec.bench.rows import SPECULATIVE, Absent, Made, Method
 from specdec.bench.runbench import BareProbe, Bench, Progress
 from specdec.bench.timing import Gate
 from specdec.drafter import BuildContext
+from specdec.dtypes import dtype_name
 from specdec.errors import InputError
 from specdec.loading import resolve_drafter
 
@@ -86,6 +87,20 @@ def _drafter(name: str, subject: Subject, backend: str) -> Any:
     return registry.find("drafter", MODEL)(subject.draft, backend=backend)
 
 
+def _decoders(subject: Subject, settings: Settings, backend: str) -> dict[str, SpeculativeDecoder]:
+    """One for each drafter. Raises `UnsupportedModelError` when the backend does not run the models."""
+    return {
+        name: SpeculativeDecoder(
+            subject.target,
+            tokenizer=subject.tokenizer,
+            drafter=_drafter(name, subject, backend),
+            backend=backend,
+            prefix_cache=0,  # every row computes its prompt, every time
+        )
+        for name in settings.drafters
+    }
+
+
 def _warm(decoder: SpeculativeDecoder, say: Callable[[str], None], backend: str) -> None:
     """Compile now what would be compiled when it pays."""
     say(f"preparing: {backend} backend")
@@ -94,21 +109,14 @@ def _warm(decoder: SpeculativeDecoder, say: Callable[[str], None], backend: str)
 
 def _our_rows(subject: Subject, settings: Settings, say: Callable[[str], None]) -> _Gathered:
     """All rows on the main backend (compiled, where it is there); on others the plain loop and the policy's choice."""
-    backends, absent = rows.split_backends(settings.backends, subject.target)
-    if not backends:
+    opened, absent = rows.split_backends(settings.backends, lambda name: _decoders(subject, settings, name))
+    if not opened:
         reasons = "; ".join(row.reason for row in absent)
         raise InputError(f"none of the backends {', '.join(settings.backends)} can be used: {reasons}")
-    gathered = _Gathered(absent=absent, main="compiled" if "compiled" in backends else backends[0])
+    gathered = _Gathered(absent=absent, main="compiled" if "compiled" in opened else next(iter(opened)))
     options = {"max_new_tokens": settings.max_new_tokens}
-    for backend in backends:
-        for name in settings.drafters:
-            decoder = SpeculativeDecoder(
-                subject.target,
-                tokenizer=subject.tokenizer,
-                drafter=_drafter(name, subject, backend),
-                backend=backend,
-                prefix_cache=0,  # every row computes its prompt, every time
-            )
+    for backend, decoders in opened.items():
+        for name, decoder in decoders.items():
             _warm(decoder, say, backend)
             if backend not in gathered.decoders:
                 gathered.decoders[backend] = decoder
@@ -236,7 +244,7 @@ def make_report(bench: Bench, subject: Subject, settings: Settings, main: str) -
         },
         "pair": {"scale": pair.scale, "seed": pair.seed} if pair is not None else None,
         "agreement": agreement(bench, main),
-        "dtype": str(subject.target.dtype).removeprefix("torch."),
+        "dtype": dtype_name(subject.target.dtype),
         "device_type": subject.target.device.type,
         "threads": torch.get_num_threads(),
         "prompts": len(subject.prompts),

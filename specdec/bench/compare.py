@@ -16,6 +16,7 @@ from specdec.bench import bare
 from specdec.bench.baselines import Baseline
 from specdec.bench.divergence import BUG, Divergence, explain
 from specdec.bench.timing import MAX_OTHERS, Gate, Interval, bootstrap
+from specdec.dtypes import dtype_name
 from specdec.errors import InputError
 from specdec.trace import STAGES, Stats, summarize
 
@@ -235,7 +236,7 @@ def _explain(decoder: SpeculativeDecoder, row: Row, options: Mapping[str, Any]) 
             except InputError as error:
                 index = _first_difference(plain.tokens, run.generation.tokens)
                 tokens = [text[index] if index < len(text) else None for text in (plain.tokens, run.tokens)]
-                dtype = str(decoder.backend.capabilities.dtype).removeprefix("torch.")
+                dtype = dtype_name(decoder.backend.capabilities.dtype)
                 return Divergence(index, len(plain.prompt) + index, tokens[0], tokens[1], BUG, str(error), dtype)
     return None
 

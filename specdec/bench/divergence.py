@@ -17,6 +17,7 @@ from torch import Tensor
 from specdec.api import SpeculativeDecoder
 from specdec.chance import CounterChance
 from specdec.decoder import Task
+from specdec.dtypes import dtype_name
 from specdec.errors import InputError
 from specdec.exact import choices, margins, ulp
 from specdec.generation import Generation
@@ -113,7 +114,7 @@ def explain(
         )
     a, b = plain.tokens, speculative.tokens
     index = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    position, dtype = len(plain.prompt) + index, str(task.target.backend.capabilities.dtype).removeprefix("torch.")
+    position, dtype = len(plain.prompt) + index, dtype_name(task.target.backend.capabilities.dtype)
     if index == min(len(a), len(b)):
         reason = f"one text ends there ({plain.finish_reason}, {speculative.finish_reason}) and the other goes on"
         tokens = (a[index] if index < len(a) else None, b[index] if index < len(b) else None)

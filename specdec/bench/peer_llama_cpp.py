@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from specdec.bench.peer_process import PeerError
 from specdec.bench.rows import PLAIN, SPECULATIVE, Made, Method
 from specdec.bench.synthetic import Pair, piece
+from specdec.dtypes import dtype_name
 from specdec.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def rows(pair: Pair, setting: Setting, folder: Path) -> list[Method]:
         setting.say(f"writing the {name} for llama.cpp")
         write_gguf(model, files[name])
     tools = {name: str(_tool(folder, name)) for name in TOOLS}
-    kind = str(setting.dtype).removeprefix("torch.")
+    kind = dtype_name(setting.dtype)
 
     length, plain_ids = setting.max_new_tokens, dict[tuple[int, ...], tuple[int, ...]]()
 

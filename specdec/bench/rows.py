@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from specdec import registry
 from specdec.bench import baselines
@@ -15,6 +15,8 @@ from specdec.trace import Round
 if TYPE_CHECKING:
     from specdec.api import SpeculativeDecoder
     from specdec.generation import Generation
+
+T = TypeVar("T")
 
 OURS, TRANSFORMERS = "specdec", "transformers"
 PLAIN, SPECULATIVE, BATCH = "plain", "speculative", "batch"
@@ -73,21 +75,22 @@ def made_by_us(generation: Generation) -> Made:
     )
 
 
-def split_backends(names: Sequence[str], target: Any) -> tuple[list[str], list[Absent]]:
-    """Those that are installed and run this model here, and rows that say why the others do not."""
+def split_backends(names: Sequence[str], make: Callable[[str], T]) -> tuple[dict[str, T], list[Absent]]:
+    """What `make` makes with each backend that is installed and runs the model here; rows that say why others do not.
+
+    `make` takes a backend's name, and raises `UnsupportedModelError` where the backend does not run the model.
+    """
     there = registry.available("backend")
-    usable, absent = [], []
+    made, absent = {}, []
     for name in names:
         if name not in there:
             absent.append(Absent(f"specdec {name}", f"no backend is called {name!r} here"))
             continue
         try:
-            registry.find("backend", name).open(target)
+            made[name] = make(name)
         except UnsupportedModelError as error:
             absent.append(Absent(f"specdec {name}", str(error)))
-            continue
-        usable.append(name)
-    return usable, absent
+    return made, absent
 
 
 def plain_row(decoder: SpeculativeDecoder, backend: str, options: dict[str, Any]) -> Method:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from specdec.cli import options, screen
+from specdec.dtypes import dtype_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,7 +113,7 @@ def _describe(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> dic
         "verifier": decoder.verifier.name,
         "policy": decoder.policy.name,
         "device": screen.device_name(capabilities.device),
-        "dtype": screen.short_dtype(capabilities.dtype),
+        "dtype": dtype_name(capabilities.dtype),
         "backend": decoder.backend.describes,
         "numerics": decoder.backend.numerics,
         "dtype_reason": decoder.dtype_reason,

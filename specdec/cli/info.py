@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.cli import options, screen
+from specdec.dtypes import dtype_name
 from specdec.errors import InputError
 
 _EXAMPLES = """\
@@ -77,7 +78,7 @@ def describe_model(name: str, trust_remote_code: bool) -> dict[str, Any]:
     return {
         "parameters": sum(t.numel() for t in tensors),
         "bytes": sum(t.nbytes for t in tensors),
-        "stored_as": screen.short_dtype(model.dtype),
+        "stored_as": dtype_name(model.dtype),
         "architecture": type(model).__name__,
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
@@ -124,7 +125,7 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "versions": screen.versions(),
         "device": screen.device_name(device),
-        "dtype": dtype if isinstance(dtype, str) else screen.short_dtype(dtype),
+        "dtype": dtype if isinstance(dtype, str) else dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "models": models,

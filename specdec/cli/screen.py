@@ -83,10 +83,6 @@ def device_name(device: torch.device) -> str:
     return str(device)
 
 
-def short_dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def count(number: float) -> str:
     """1234567 as 1.23M."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):

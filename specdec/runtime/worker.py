@@ -14,14 +14,11 @@ import tempfile
 
 import torch
 
+from specdec.dtypes import dtype_name
 from specdec.kernels import ops
 from specdec.runtime import graph
 from specdec.runtime.native import NativeModel
 from specdec.vocabulary import cut_head
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class Worker:
@@ -34,10 +31,10 @@ class Worker:
             "module": type(inner).__module__,
             "name": type(inner).__qualname__,
             "config": inner.config.to_dict(),
-            "dtype": _name(inner.dtype),
+            "dtype": dtype_name(inner.dtype),
             "hidden": model.hidden,
             "head_rows": inner.get_output_embeddings().weight.shape[0],
-            "dtypes": {name: _name(tensor.dtype) for name, tensor in graph.tensors(model).items()},
+            "dtypes": {name: dtype_name(tensor.dtype) for name, tensor in graph.tensors(model).items()},
             "fingerprint": graph.fingerprint(model),
         }
         self._process = subprocess.Popen(
@@ -85,7 +82,7 @@ def main() -> None:
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         # A model that was converted after loading has its buffers in other dtypes than its class makes them.
         parent, _, leaf = name.rpartition(".")
-        wanted = getattr(torch, order["dtypes"].get(name, _name(buffer.dtype)))
+        wanted = getattr(torch, order["dtypes"].get(name, dtype_name(buffer.dtype)))
         model.get_submodule(parent).register_buffer(leaf, buffer.to(wanted))
     if graph.fingerprint(model) != order["fingerprint"]:
         raise SystemExit("the model was changed after loading: compile it with decoder.warmup()")

@@ -119,9 +119,10 @@ def test_a_backend_that_does_not_run_the_model_leaves_the_rest_of_the_table(monk
 
     kinds = {"eager": EagerBackend, "compiled": Refuses}
     monkeypatch.setattr("specdec.registry.available", lambda kind: kinds)
-    monkeypatch.setattr("specdec.registry.find", lambda kind, name: kinds[name])
-    usable, absent = split_backends(("eager", "compiled", "warp"), make_pair("tiny").target)
-    assert usable == ["eager"]
+    target = make_pair("tiny").target
+    made, absent = split_backends(("eager", "compiled", "warp"), lambda name: kinds[name].open(target))
+    assert list(made) == ["eager"]
+    assert isinstance(made["eager"], EagerBackend)
     assert [(row.name, row.reason) for row in absent] == [
         ("specdec compiled", "no such kernels"),
         ("specdec warp", "no backend is called 'warp' here"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,6 +142,33 @@ def test_graph_and_python_agree_with_the_stock_model(cache: Path) -> None:
     stock = tiny_models.session(model, tokens).forward().logits
     python = tiny_models.session(model, tokens, "compiled").forward().logits
     assert torch.allclose(stock, python, atol=1e-9)
+
+
+@pytest.mark.parametrize("public", [False, True], ids=["own loader", "torch's wrapper"])
+def test_a_graph_that_is_there_is_loaded_by_whatever_this_torch_has(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, public: bool
+) -> None:
+    """Without a process of its own: torch's wrapper asks the system's compiler what CPU this is."""
+    model = llama(torch.float32)
+    CompiledBackend.open(model, compile="now")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TypeError("other arguments" if public else "no compiler is needed here")
+
+    if public:
+        wrapped = torch._inductor.aoti_load_package
+        real = torch._C._aoti.AOTIModelPackageLoader
+
+        def load(path: str) -> Any:
+            monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", real)
+            return wrapped(path)
+
+        monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", refuse)
+        monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    else:
+        monkeypatch.setattr(torch._inductor, "aoti_load_package", refuse)
+        monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert "one compiled graph" in CompiledBackend.open(model).describes
 
 
 def test_the_users_model_stays_as_it_was() -> None:
