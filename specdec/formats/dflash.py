@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def is_dflash(config: Mapping[str, Any]) -> bool:
     return is_speculators(config) or (
         ARCHITECTURE in (config.get("architectures") or ()) and isinstance(config.get("dflash_config"), Mapping)
     )
+
+
+def is_own(folder: Path) -> bool:
+    """Whether `specdec train` wrote the folder: then its layer numbers need no guessing."""
+    return DRAFTER_KEY in read_config(folder)
 
 
 def _whole(value: Any, name: str, least: int = 1) -> int:
@@ -194,8 +200,6 @@ def _only_tensor(path: Path) -> Tensor:
 
 def build(config: DFlashConfig, tensors: dict[str, Tensor]) -> DFlashModel:
     """A model of this shape that holds these tensors."""
-    from dataclasses import replace
-
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _OF_THE_TARGET}
     if "mask_embedding" in tensors:
         config = replace(config, mask_token_id=None)

@@ -10,7 +10,7 @@ width, W width of the target's features, G key/value heads, D head width, V voca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ from specdec.runtime.cache import bucket, layer_types
 
 # Ways to stretch rotary positions that do not change with the length of the text: kept keys stay right.
 ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3"})
+# Buffers follow the buckets of caches; a draft has no context of its own that ends.
+NO_LIMIT = 1 << 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +168,7 @@ class DFlashModel(nn.Module):
         made = self._rotary
         if made is None or made[0].shape[1] < end or made[0].dtype != weight.dtype or made[0].device != weight.device:
             with torch.inference_mode(False), torch.no_grad():
-                places = torch.arange(bucket(end, 1 << 40), device=weight.device)[None]
+                places = torch.arange(bucket(end, NO_LIMIT), device=weight.device)[None]
                 made = Qwen3RotaryEmbedding(self.config.layers).to(weight.device)(weight.detach(), places)
             self._rotary = made
         return made
@@ -199,7 +201,7 @@ class DFlashModel(nn.Module):
         first = 0 if self.config.sample_from_anchor else 1
         return x_SH[..., first : first + depth, :]
 
-    def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
+    def logits(self, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         """Of slots, by the target's `head` or the draft's own; in the draft's own vocabulary if it has one."""
         out: Tensor = (head if self.lm_head is None else self.lm_head)(hidden)
         if self.config.output_multiplier != 1.0:
@@ -207,128 +209,6 @@ class DFlashModel(nn.Module):
         if self.config.softcap > 0:
             out = torch.tanh(out / self.config.softcap) * self.config.softcap
         return out
-
-    def in_target_ids(self, logits_KR: Tensor, vocab_size: int) -> Tensor:
-        """Logits over the target's vocabulary, -inf for tokens that the draft does not know."""
-        if self.d2t is None:
-            return logits_KR
-        ids_R = torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
-        return logits_KR.new_full((*logits_KR.shape[:-1], vocab_size), -torch.inf).index_copy(-1, ids_R, logits_KR)
-
-
-class Anchored:
-    """Blocks that begin at anchors of a whole text, side by side: how a draft is trained and judged.
-
-    A block sees what stands before its anchor, and itself. `contexts`: of each layer, keys and values
-    `[B, G, L, D]`; `anchors_BA`: positions of the blocks' roots.
-    """
-
-    def __init__(self, model: DFlashModel, context_BLH: Tensor, anchors_BA: Tensor):
-        self.config = model.config
-        length, size = context_BLH.shape[1], model.config.block_size
-        cos, sin = model.rotary(length + size)
-        here = cos[:, :length], sin[:, :length]
-        self.contexts = [layer.self_attn.keys_values(context_BLH, here) for layer in model.layers]
-        slots = torch.arange(size, device=anchors_BA.device)
-        self.places_BM = (anchors_BA[..., None] + slots).flatten(1)
-        self.rotary = cos[0, self.places_BM], sin[0, self.places_BM]
-        self.anchor_BM = anchors_BA.repeat_interleave(size, 1)
-        self.block_M = torch.arange(anchors_BA.shape[1], device=anchors_BA.device).repeat_interleave(size)
-        self.length = length
-        self.masks: dict[tuple[int, bool], Tensor] = {}
-
-    def _mask(self, window: int, causal: bool) -> Tensor:
-        """`[B, 1, M, L + M]`."""
-        if (window, causal) not in self.masks:
-            before = torch.arange(self.length, device=self.places_BM.device)
-            sees_text = before < self.anchor_BM[..., None]
-            sees_block = (self.block_M[:, None] == self.block_M).expand(len(self.places_BM), -1, -1)
-            ahead_BMM = self.places_BM[:, None, :] - self.places_BM[:, :, None]
-            if causal:
-                sees_block = sees_block & (ahead_BMM <= 0)
-            if window:
-                sees_text = sees_text & (self.places_BM[..., None] - before < window)
-                sees_block = sees_block & (ahead_BMM.abs() < window)
-            self.masks[window, causal] = torch.cat((sees_text, sees_block), -1)[:, None]
-        return self.masks[window, causal]
-
-    def join(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        before_k, before_v = self.contexts[layer]
-        mask = self._mask(self.config.window(layer), self.config.is_causal(layer))
-        return torch.cat((before_k, k), 2), torch.cat((before_v, v), 2), mask
-
-
-def anchored_hidden(
-    model: DFlashModel, features_BLW: Tensor, tokens_BL: Tensor, anchors_BA: Tensor, table_VH: Tensor
-) -> Tensor:
-    """Hidden states `[B, A, K, H]` that draft the K tokens behind each anchor, in one pass, with gradients.
-
-    The same numbers as drafting at each anchor after the text before it; `table_VH`: the target's embeddings.
-    """
-    past = Anchored(model, model.context(features_BLW), anchors_BA)
-    x_BASH = model.block_embeddings(tokens_BL.gather(1, anchors_BA), table_VH)
-    out_BMH = model(x_BASH.flatten(1, 2), past.rotary, past)
-    return model.drafting(out_BMH.unflatten(1, x_BASH.shape[1:3]), model.config.num_positions)
-
-
-class DFlashContext:
-    """Keys and values of one text's verified tokens, in slots; a block's own stand behind them for one pass.
-
-    Appending n tokens costs O(n), whatever the length of the text; buffers grow by buckets.
-    """
-
-    def __init__(self, model: DFlashModel):
-        self.model, self.config = model, model.config
-        self.length = 0
-        self.kv: Tensor | None = None  # [layers, 2, G, slots, D]
-
-    def _reserve(self, slots: int, like: Tensor) -> Tensor:
-        if self.kv is None or self.kv.shape[3] < slots:
-            layers = self.config.layers
-            grown = like.new_empty(
-                layers.num_hidden_layers, 2, layers.num_key_value_heads, bucket(slots, 1 << 40), layers.head_dim
-            )
-            if self.kv is not None:
-                grown[:, :, :, : self.length] = self.kv[:, :, :, : self.length]
-            self.kv = grown
-        return self.kv
-
-    def append(self, features_LW: Tensor) -> None:
-        """The target's hidden states of the next verified tokens."""
-        context_BLH = self.model.context(features_LW.to(self.model.norm.weight.dtype)[None])
-        start, end = self.length, self.length + len(features_LW)
-        kv = self._reserve(end + self.config.block_size, context_BLH)
-        cos, sin = self.model.rotary(end)
-        here = cos[:, start:end], sin[:, start:end]
-        for i, layer in enumerate(self.model.layers):
-            k, v = layer.self_attn.keys_values(context_BLH, here)
-            kv[i, 0, :, start:end], kv[i, 1, :, start:end] = k[0], v[0]
-        self.length = end
-
-    def join(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        start, end = self.length, self.length + k.shape[2]
-        assert self.kv is not None
-        self.kv[layer, 0, :, start:end], self.kv[layer, 1, :, start:end] = k[0], v[0]
-        window, causal = self.config.window(layer), self.config.is_causal(layer)
-        first = max(0, start - window + 1) if window else 0
-        both = self.kv[layer, :, None, :, first:end]
-        if not window and not causal:
-            return both[0], both[1], None
-        places = torch.arange(first, end, device=k.device)
-        ahead = places - torch.arange(start, end, device=k.device)[:, None]
-        mask = (ahead <= 0) if causal else torch.ones_like(ahead, dtype=torch.bool)
-        if window:
-            mask &= ahead.abs() < window
-        return both[0], both[1], mask
-
-    def hidden(self, root: int, depth: int, table_VH: Tensor) -> Tensor:
-        """Hidden states `[depth, H]` that draft the tokens behind `root`, which follows the verified tokens."""
-        x_1SH = self.model.block_embeddings(torch.tensor([root], device=table_VH.device), table_VH)
-        end = self.length + self.config.block_size
-        self._reserve(end, x_1SH)
-        cos, sin = self.model.rotary(end)
-        out_1SH = self.model(x_1SH, (cos[:, self.length : end], sin[:, self.length : end]), self)
-        return self.model.drafting(out_1SH[0], depth)
 
 
 def check_target(config: DFlashConfig, target: Any) -> None:
