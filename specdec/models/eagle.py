@@ -37,6 +37,7 @@ LAYERS = {"llama": LlamaDecoderLayer, "qwen3": Qwen3DecoderLayer}
 CONVENTIONS = ("input", "output")
 #: Index of the own feature in the head's `hidden_states`; 0 is the feature that it was given.
 OWN = 1
+_MOST_LAYERS = 64
 
 
 class EagleConfig(LlamaConfig):
@@ -286,18 +287,23 @@ def build(config: EagleConfig, tensors: Mapping[str, Tensor], target: Any) -> Ea
     _complete(config, target)
     config._attn_implementation = "sdpa"
     dtype, device = target.dtype, target.get_input_embeddings().weight.device
-    with no_init_weights():
-        model = EagleModel(config)
+    if not 1 <= config.num_hidden_layers <= _MOST_LAYERS:
+        raise UnsupportedModelError(f"an EAGLE head has 1 to {_MOST_LAYERS} layers, not {config.num_hidden_layers}")
+    # Shapes are compared before anything of their size is made: they come from a file.
+    with torch.device("meta"), no_init_weights():
+        shapes = {name: tensor.shape for name, tensor in EagleModel(config).state_dict().items()}
     shared = set()
     if not config.own_embeddings:
         shared.add("embed_tokens.weight")
     if not config.own_head:
         shared.add("lm_head.weight")
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in shared}
-    if config.draft_vocab_size == config.vocab_size:
-        tensors = {"d2t": torch.zeros(config.vocab_size, dtype=torch.int64), **tensors}
-    _check_tensors(tensors, wanted)
-    check_vocabulary_map(tensors["d2t"], config.vocab_size)
+    if config.draft_vocab_size == config.vocab_size and "d2t" not in tensors:
+        shared.add("d2t")
+    _check_tensors(tensors, {name: shape for name, shape in shapes.items() if name not in shared})
+    if "d2t" in tensors:
+        check_vocabulary_map(tensors["d2t"], config.vocab_size)
+    with no_init_weights():
+        model = EagleModel(config)
     model.load_state_dict(dict(tensors), strict=False)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     bind(model, target)
@@ -330,7 +336,7 @@ def bind(model: EagleModel, target: Any) -> None:
                 f"the EAGLE head has no embeddings of its own and is {config.hidden_size} wide; the target's "
                 f"embeddings are {table.shape[1]} wide"
             )
-        model.embed_tokens.weight = table
+        model.embed_tokens.weight = _in_dtype(table, model)
         model.embed_tokens.num_embeddings = table.shape[0]
     if not config.own_head:
         rows = target.get_output_embeddings().weight
@@ -339,8 +345,14 @@ def bind(model: EagleModel, target: Any) -> None:
                 f"the EAGLE head predicts with the target's head, which is {rows.shape[1]} wide, not "
                 f"{config.hidden_size}"
             )
-        same = config.draft_vocab_size == rows.shape[0]
-        model.lm_head.weight = rows if same else nn.Parameter(rows[model.draft_ids].detach(), requires_grad=False)
+        if config.draft_vocab_size != rows.shape[0]:
+            rows = nn.Parameter(rows.detach()[model.draft_ids.to(rows.device)], requires_grad=False)
+        model.lm_head.weight = _in_dtype(rows, model)
+
+
+def _in_dtype(table: nn.Parameter, model: EagleModel) -> nn.Parameter:
+    dtype = model.fc.weight.dtype
+    return table if table.dtype == dtype else nn.Parameter(table.detach().to(dtype), requires_grad=False)
 
 
 def own_tensors(model: EagleModel) -> dict[str, Tensor]:

@@ -10,38 +10,60 @@ N starts that count, K steps.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from specdec.errors import InputError
 from specdec.formats import eagle as files
 from specdec.loading import EMBEDDED, load_model
 from specdec.models.eagle import OWN, EagleConfig, EagleModel, bind, default_layer_ids, own_tensors
 from specdec.train import provenance
-from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap, restrict
+from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap
 from specdec.train.objective import Batch, Losses, Objective
 
 _DECAY = 0.8  # of a step's weight against the one before
 # EAGLE-1: the weight of cross-entropy beside that of the regression, and the width of the features' noise.
 _CE_WEIGHT, _NOISE = 0.1, 0.2
 _HEAD = 64
+_ATTENTION = "specdec_unrolled"
 
 
-def steps_mask(num_starts: int, step: int, device: torch.device) -> Tensor:
-    """Which keys the rows of one step see, bool `[1, 1, S, (step + 1) S]`.
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one step: `query [B, heads, S, D]`, keys and values of all steps so far, `[B, kv heads, K S, D]`.
 
-    Keys of the first step come first: of those a start sees its own and all before it, which the target has computed;
-    of each later step only its own.
+    Of the first step's keys a start sees its own and all before it, which the target has computed; of each later
+    step's only its own. So the scores are `[S, S + K - 1]`, not `[S, K S]` with a mask.
     """
-    causal = torch.ones(num_starts, num_starts, dtype=torch.bool, device=device).tril()
-    own = torch.eye(num_starts, dtype=torch.bool, device=device)
-    return torch.cat((causal, *[own] * step), 1)[None, None]
+    groups, num_starts = query.shape[1] // key.shape[1], query.shape[2]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    query = query * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    true_k, own_k = key[:, :, :num_starts], key[:, :, num_starts:].unflatten(2, (-1, num_starts))
+    true_v, own_v = value[:, :, :num_starts], value[:, :, num_starts:].unflatten(2, (-1, num_starts))
+    later = torch.ones(num_starts, num_starts, dtype=torch.bool, device=query.device).triu(1)
+    scores = (query @ true_k.transpose(2, 3)).masked_fill(later, -torch.inf)
+    own_scores = (query[:, :, None] * own_k).sum(-1).transpose(2, 3)
+    weights = torch.cat((scores, own_scores), -1).softmax(-1)
+    out = weights[..., :num_starts] @ true_v
+    out = out + (weights[..., num_starts:].transpose(2, 3)[..., None] * own_v).sum(2)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
 
 
 def unroll(head: EagleModel, tokens_BL: Tensor, features_BLH: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
@@ -53,7 +75,9 @@ def unroll(head: EagleModel, tokens_BL: Tensor, features_BLH: Tensor, steps: int
     return list(_unrolled(head, tokens_BL, features_BLH, steps, logits=True))
 
 
-def _unrolled(head: EagleModel, tokens_BL: Tensor, features_BLH: Tensor, steps: int, *, logits: bool) -> Any:
+def _unrolled(
+    head: EagleModel, tokens_BL: Tensor, features_BLH: Tensor, steps: int, *, logits: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     num_starts = tokens_BL.shape[1] - steps
     if num_starts < 1:
         raise InputError(f"rows of {tokens_BL.shape[1]} tokens are too short for {steps} steps; raise --length")
@@ -62,19 +86,22 @@ def _unrolled(head: EagleModel, tokens_BL: Tensor, features_BLH: Tensor, steps: 
     positions = torch.arange(num_starts, device=device)[None]
     given = features_BLH[:, :num_starts]
     none = torch.zeros(0, dtype=torch.int64, device=device)
-    for step in range(steps):
-        out = head(
-            input_ids=tokens_BL[:, 1 + step : 1 + step + num_starts],
-            features=given,
-            position_ids=positions + step,
-            attention_mask=steps_mask(num_starts, step, device),
-            past_key_values=cache,
-            output_hidden_states=True,
-            logits_to_keep=0 if logits else none,
-        )
-        assert out.hidden_states is not None
-        given = out.hidden_states[OWN]
-        yield out.logits, given
+    usual, head.config._attn_implementation = head.config._attn_implementation, _ATTENTION
+    try:
+        for step in range(steps):
+            out = head(
+                input_ids=tokens_BL[:, 1 + step : 1 + step + num_starts],
+                features=given,
+                position_ids=positions + step,
+                past_key_values=cache,
+                output_hidden_states=True,
+                logits_to_keep=0 if logits else none,
+            )
+            assert out.hidden_states is not None
+            given = out.hidden_states[OWN]
+            yield out.logits, given
+    finally:
+        head.config._attn_implementation = usual
 
 
 def frequent_ids(rows: np.ndarray, vocab_size: int, count: int, always: set[int]) -> Tensor:
@@ -236,17 +263,21 @@ class EagleObjective(Objective):
         """The target's states, fused, `[B, L, H]` in float32 or the target's float64."""
         return self.head.fuse(torch.cat([batch.hidden[i] for i in self.head.config.hidden], -1))
 
-    def _step_loss(self, own_NH: Tensor, p_logits_NV: Tensor, counts_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the losses where they count, and at how many positions: those whose best token can be drafted."""
-        ids_R = self.head.draft_ids
-        p_NV = p_logits_NV.softmax(-1)
-        if len(ids_R) < p_NV.shape[1]:
-            can_V = torch.zeros(p_NV.shape[1], dtype=torch.bool, device=ids_R.device)
-            can_V[ids_R] = True
-            counts_N = counts_N & can_V[p_NV.argmax(-1)]
-            p_NV, _ = restrict(p_NV, ids_R)
-        loss_N = divergence(self.loss_name, p_NV, self.head.lm_head(own_NH))
-        return torch.where(counts_N, loss_N, torch.zeros_like(loss_N)).sum(), counts_N.sum()
+    def _truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The target's distributions within the draft vocabulary, `[B, L, R]`, and where they count, bool `[B, L]`.
+
+        Not where the target's best token cannot be drafted: there is nothing to learn about it.
+        """
+        ids_R, logits_BLV = self.head.draft_ids, batch.logits_BLV
+        if len(ids_R) == logits_BLV.shape[2]:
+            return logits_BLV.softmax(-1), torch.ones_like(batch.mask_BL)
+        can_V = torch.zeros(logits_BLV.shape[2], dtype=torch.bool, device=ids_R.device)
+        can_V[ids_R] = True
+        return logits_BLV[..., ids_R].softmax(-1), can_V[logits_BLV.argmax(-1)]
+
+    def _step_loss(self, own_NH: Tensor, p_NR: Tensor, counts_N: Tensor) -> Tensor:
+        loss_N = divergence(self.loss_name, p_NR, self.head.lm_head(own_NH))
+        return torch.where(counts_N, loss_N, torch.zeros_like(loss_N)).sum()
 
     def loss(self, batch: Batch) -> Losses:
         features_BLH = self._features(batch)
@@ -256,20 +287,20 @@ class EagleObjective(Objective):
             noise = (torch.rand_like(features_BLH) - 0.5) * _NOISE * 512 / features_BLH.shape[1]
             features_BLH = features_BLH + noise
         steps = self.unroll_steps
-        counts_BS = batch.starts(steps, 1)
-        num_starts = counts_BS.shape[1]
+        starts_BS = batch.starts(steps, 1)
+        num_starts = starts_BS.shape[1]
+        p_BLR, can_BL = self._truth(batch)
         total, weights, by_step = features_BLH.new_zeros(()), 0.0, []
         for j, (_, own) in enumerate(_unrolled(self.head, batch.tokens_BL, features_BLH, steps, logits=False)):
-            p_logits = batch.logits_BLV[:, 1 + j : 1 + j + num_starts]
+            ahead = slice(1 + j, 1 + j + num_starts)
             normed = own if is_first or self.head.config.norm_output else self.head.norm(own)
-            parts = in_pieces(
-                self._step_loss, p_logits.shape[-1], normed.flatten(0, 1), p_logits.flatten(0, 1), counts_BS.flatten()
-            )
-            value, count = (torch.stack(part).sum() for part in zip(*parts, strict=True))
-            value = value / count.clamp_min(1)
+            counts_BS = starts_BS & can_BL[:, ahead]
+            pieces = [tensor.flatten(0, 1) for tensor in (normed, p_BLR[:, ahead], counts_BS)]
+            value = torch.stack(in_pieces(self._step_loss, p_BLR.shape[-1], *pieces)).sum()
+            value = value / counts_BS.sum().clamp_min(1)
             if is_first:
-                gap = nn.functional.smooth_l1_loss(own, truth_BLH[:, 1 + j : 1 + j + num_starts], reduction="none")
-                value = gap.mean(-1)[counts_BS].mean() + _CE_WEIGHT * value
+                gap = nn.functional.smooth_l1_loss(own, truth_BLH[:, ahead], reduction="none").mean(-1)
+                value = (gap * starts_BS).sum() / starts_BS.sum().clamp_min(1) + _CE_WEIGHT * value
             total = total + _DECAY**j * value
             weights += _DECAY**j
             by_step.append(value.detach())
