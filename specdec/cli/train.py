@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,18 +172,14 @@ def prepare_data(arguments: argparse.Namespace, target: Any, tokenizer: Any, err
     elif arguments.target is None:
         documents = stdlib.documents()
         source["files"] = ["the Python standard library"]
-    elif arguments.self_generate:
+    elif arguments.self_generate is not None:
         prompts = [prompt.text for prompt in read_prompts()]
         documents = [data.Document(text, i % 4 == 0) for i, text in enumerate(prompts)]
         source["files"], only_prompts = ["the built-in prompts"], True
     else:
         raise InputError("no text to train on: give --data FILE, or --self-generate N to let the target write it")
-    text = None
-    if not only_prompts and not (arguments.self_generate and arguments.text_share == 0):
-        text = data.packed(documents, tokenizer, arguments.length, arguments.seed, source)
-    if not arguments.self_generate:
-        assert text is not None
-        return text
+    if arguments.self_generate is None:
+        return data.packed(documents, tokenizer, arguments.length, arguments.seed, source)
     what = selfgen.SelfGeneration(
         arguments.self_generate,
         arguments.length,
@@ -192,6 +189,9 @@ def prepare_data(arguments: argparse.Namespace, target: Any, tokenizer: Any, err
         arguments.held_out,
         arguments.seed,
     )
+    text = None
+    if not only_prompts and what.text_share > 0:
+        text = data.packed(documents, tokenizer, arguments.length, arguments.seed, source)
 
     def told(made: int, wanted: int) -> None:
         if not arguments.quiet:
@@ -199,7 +199,8 @@ def prepare_data(arguments: argparse.Namespace, target: Any, tokenizer: Any, err
 
     # The others wait, and find the texts on the disk.
     with Accelerator().main_process_first():
-        return selfgen.self_generated(target, tokenizer, documents, text, what, Path(arguments.out), told)
+        made = selfgen.self_generated(target, tokenizer, documents, text, what, Path(arguments.out), told)
+    return replace(made, source={**source, **made.source})
 
 
 def _show(report: Report, arguments: argparse.Namespace, out: Console) -> None:

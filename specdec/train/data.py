@@ -106,7 +106,7 @@ def cut(text: str, size: int = _DOCUMENT) -> list[str]:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The documents of a text file (cut at blank lines) or a JSONL file. Raises `InputError` where it cannot be read."""
+    """The documents of a text file (cut at blank lines) or a JSONL file; `InputError` where it cannot be read."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -136,7 +136,7 @@ def self_generated(
     folder: Path,
     told: Told = lambda made, wanted: None,
 ) -> TrainingData:
-    """Own texts from prompts of either side of the split, the training side mixed with `text`'s rows.
+    """Own texts from prompts of either side of the split of `documents`, the training side mixed with `text`'s rows.
 
     In training rows the prompt counts too, for the target's predictions there are as true as elsewhere; judged is
     what the target wrote.
@@ -157,4 +157,4 @@ def self_generated(
         num_text = min(len(text.train), round(len(train) * what.text_share / (1 - what.text_share)))
         train = train.joined(text.train.take(slice(0, num_text)))
     source = {"self_generated": len(sides[0]), "temperatures": list(what.temperatures), "text_rows": num_text}
-    return TrainingData(train, sides[1], {**(text.source if text is not None else {}), **source})
+    return TrainingData(train, sides[1], source)

@@ -224,7 +224,7 @@ def test_sides_stay_apart_and_text_is_mixed_in(target, tmp_path, many):
     assert len(made.held_out) == 16
     assert made.train.first_R.tolist() == [0] * 8  # prompts count in training,
     assert (made.held_out.first_R >= 12).all()  # and not where it is judged
-    assert made.source == {"files": ["many"], "self_generated": 6, "temperatures": [0.0, 1.0], "text_rows": 2}
+    assert made.source == {"self_generated": 6, "temperatures": [0.0, 1.0], "text_rows": 2}
     names = {d.text[:12] for d in documents if d.held_out}
     prompts = [tokenizer.decode(row[:12]) for row in made.train.tokens_RL[:6]]
     assert not names & set(prompts)
