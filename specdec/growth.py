@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -229,6 +230,15 @@ def _present(tokens_FC: Tensor, counts: Sequence[int]) -> tuple[list[int], list[
     return rows, ranks, tokens_FC[present]
 
 
+def worthwhile(plan: Plan, probabilities: Sequence[float], levels: int) -> int:
+    """How many of these nodes, the most probable first, bring the most expected tokens per second; at least one."""
+    if plan.costs is None or not probabilities:
+        return len(probabilities)
+    gained = accumulate(plan.trust * p for p in probabilities)
+    rates = [(1 + g) / plan.costs.round(n, levels) for n, g in enumerate(gained, 1)]
+    return rates.index(max(rates)) + 1
+
+
 class _Dynamic(_Growth):
     """Expand the `width` most probable paths of each level, then keep the `budget` most probable nodes of all.
 
@@ -237,6 +247,9 @@ class _Dynamic(_Growth):
     no noise. Sampled nodes may not be dropped for what they are, so that rules for them get point masses here.
     One transfer from the device per level.
     """
+
+    expected = 0.0  # of the expanded nodes: accepted ones
+    expanded = 0
 
     def run(self) -> Steps[Grown]:
         plan = self.plan
@@ -262,16 +275,29 @@ class _Dynamic(_Growth):
             candidates = candidates.extend(tokens[-1], parents[first:])
             if depth + 1 == plan.depth:
                 break
-            best, at = scores[-1].topk(min(plan.width, len(scores[-1])))
-            at = at[best > -torch.inf].sort().values
-            chosen: list[int] = at.tolist()
+            at = scores[-1].topk(min(plan.width, len(scores[-1]))).indices.sort().values
+            chosen = self._worth_expanding(at.tolist(), scores[-1][at].exp().tolist(), depth + 1)
             if not chosen:
                 break
+            at = at if len(chosen) == len(at) else torch.tensor(chosen, device=at.device)
             for number, i in enumerate(chosen):
                 ran_as[first + i] = len(ran) + number
             ran = ran.extend(tokens[-1][at], [ran_as[p] if (p := parents[first + i]) >= 0 else -1 for i in chosen])
             frontier, path_score = [first + i for i in chosen], scores[-1][at]
-        return self._best(parents, ran_as, torch.cat(tokens), torch.cat(scores))
+        return self._best(parents, ran_as, torch.cat(tokens), torch.cat(scores), depth + 1)
+
+    def _worth_expanding(self, nodes: list[int], probabilities: list[float], levels: int) -> list[int]:
+        """Those of a level's nodes that are to be expanded: none when another level costs more than it can bring."""
+        chosen = [node for node, p in zip(nodes, probabilities, strict=True) if p > 0]
+        self.expected += self.plan.trust * sum(probabilities)
+        self.expanded += len(chosen)
+        costs = self.plan.costs
+        if costs is None or not chosen:
+            return chosen
+        # The children of a node are as probable as it is, all together.
+        gain = self.plan.trust * sum(probabilities)
+        rate = (1 + self.expected) / costs.round(min(self.expanded, self.plan.budget), levels)
+        return chosen if gain > rate * costs.draft_average else []
 
     def _children(self, scores_FV: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens `[F, C]` of each node's children, falling."""
@@ -282,10 +308,14 @@ class _Dynamic(_Growth):
         raced_FC = draw_children(scores_FV, scores_FV.softmax(-1), self.draw, count, position, self.chance)
         return log_q_FC.masked_fill(raced_FC < 0, -torch.inf), raced_FC
 
-    def _best(self, parents: list[int], ran_as: list[int], tokens: Tensor, scores: Tensor) -> Grown:
+    def _best(self, parents: list[int], ran_as: list[int], tokens: Tensor, scores: Tensor, levels: int) -> Grown:
         """The most probable candidates. None is more probable than its parent, which stands before it."""
-        order = scores.sort(descending=True, stable=True).indices[: self.plan.budget]
-        kept: list[int] = order[scores[order] > -torch.inf].sort().values.tolist()
+        ordered, order = scores.sort(descending=True, stable=True)
+        probabilities: list[float] = ordered[: self.plan.budget].exp().tolist()
+        count = sum(p > 0 for p in probabilities)
+        count = worthwhile(self.plan, probabilities[:count], levels)
+        kept: list[int] = order[:count].sort().values.tolist()
         number = {-1: -1, **{candidate: i for i, candidate in enumerate(kept)}}
         tree = TokenTree(tokens[kept], tuple(number[parents[candidate]] for candidate in kept))
-        return Grown(Proposal(tree, (self.draw,) * len(kept)), tuple(ran_as[candidate] for candidate in kept))
+        proposal = Proposal(tree, (self.draw,) * len(kept), expected=sum(probabilities[:count]))
+        return Grown(proposal, tuple(ran_as[candidate] for candidate in kept))

@@ -60,7 +60,7 @@ class GuardedDrafter(ModelRunner):
 
     def proposing(self, state: list[Any], plan: Plan, chance: Chance) -> Steps[Proposal]:
         # The state is a box, so that a failure here is remembered without the loop's help.
-        if isinstance(state[0], _Failed) or plan.depth == 0:
+        if isinstance(state[0], _Failed) or plan.deepest == 0:
             return Proposal.empty()
         try:
             proposal = yield from self.inner.proposing(state[0], plan, chance)
@@ -70,8 +70,8 @@ class GuardedDrafter(ModelRunner):
             if proposal.q is not None or not self.inner.trusted:
                 proposal.check(self.vocab_size)
             self.verifier.check_proposal(proposal)
-            if proposal.tree.max_depth > plan.depth:
-                raise ValueError(f"proposed {proposal.tree.max_depth} deep where the plan allows {plan.depth}")
+            if proposal.tree.max_depth > plan.deepest:
+                raise ValueError(f"proposed {proposal.tree.max_depth} deep where the plan allows {plan.deepest}")
             return proposal
         except Exception as error:
             state[0] = self._fail("propose", error)

@@ -11,7 +11,7 @@ from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Protocol
 
-from specdec.costs import cost_at
+from specdec.costs import Costs
 from specdec.errors import InputError
 from specdec.tree import structure
 
@@ -33,6 +33,9 @@ class Plan:
     `branching[d]`: children of every node at depth d. `shape`: the parents of a fixed tree's nodes, -1 for the root,
     parents first; siblings come in drawing order. `budget`: that many nodes at most, the most probable ones among the
     children of the `width` most probable nodes of each level.
+    `costs`: with a budget, no more nodes and levels than bring the most expected tokens per second at these costs, when
+    the drafter's own probabilities are worth `trust` times what they say. `limit`: a drafter that weighs lengths by
+    costs itself may go so deep; the others keep to `depth`.
     `stop_below`: stop *after* a drafted token whose own draft probability is below it. The token is kept and
     verified, which is what makes the rule exact (algorithm notes: dropping it is not).
     """
@@ -43,13 +46,21 @@ class Plan:
     shape: tuple[int, ...] = ()
     budget: int = 0
     width: int = 8
+    costs: Costs | None = None
+    trust: float = 1.0
+    limit: int = 0
+
+    @property
+    def deepest(self) -> int:
+        """How deep a proposal may be."""
+        return max(self.depth, self.limit)
 
     def children(self, depth: int) -> int:
         return self.branching[depth] if depth < len(self.branching) else 1
 
     @property
     def num_nodes(self) -> int:
-        """Of the largest tree within this plan."""
+        """Of the largest tree within this plan, `limit` aside."""
         if self.shape:
             return len(self.shape)
         if self.budget:
@@ -59,10 +70,13 @@ class Plan:
 
     def limited(self, depth: int) -> Plan:
         """The part of this plan that is at most `depth` deep."""
-        if self.depth <= depth:
+        if self.deepest <= depth:
             return self
-        depth = max(0, depth)
-        return replace(self, depth=depth, branching=self.branching[:depth], shape=cut(self.shape, depth))
+        least = max(0, min(self.depth, depth))
+        shape = cut(self.shape, least)
+        return replace(
+            self, depth=least, branching=self.branching[:least], shape=shape, limit=max(0, min(self.limit, depth))
+        )
 
 
 def cut(parents: tuple[int, ...], depth: int) -> tuple[int, ...]:
@@ -78,6 +92,10 @@ class RoundFacts(Protocol):
 
     @property
     def depth_proposed(self) -> int: ...
+    @property
+    def drafter(self) -> str: ...
+    @property
+    def expected(self) -> float | None: ...
     @property
     def num_accepted(self) -> int: ...
     @property
@@ -206,7 +224,7 @@ class Heuristic(Policy):
 
 
 @dataclass
-class _Average:
+class Average:
     """An average that forgets: the weight of a sample halves every `half_life` samples."""
 
     half_life: float
@@ -228,10 +246,11 @@ class ThroughputRun(PolicyRun):
     limit: int
     k: int
     probe_every: int
-    accepts: list[_Average] = field(default_factory=list)
-    verify: dict[int, _Average] = field(default_factory=dict)
-    draft: _Average = field(default_factory=lambda: _Average(16))
-    other: _Average = field(default_factory=lambda: _Average(16))
+    accepts: list[Average] = field(default_factory=list)
+    verify: dict[int, Average] = field(default_factory=dict)
+    draft: Average = field(default_factory=lambda: Average(16))
+    draft_by: dict[str, Average] = field(default_factory=dict)  # origin of the proposal
+    other: Average = field(default_factory=lambda: Average(16))
     rounds: int = 0
     since_probe: int = 0
     load: Load | None = None  # of the batch, where there is one
@@ -253,18 +272,14 @@ class ThroughputRun(PolicyRun):
             estimates.append(estimate)
         return estimates
 
-    def rates(self) -> list[float]:
-        """Expected tokens per second at draft lengths 0 .. limit."""
-        drafting = self.draft.mean() if self.draft.weight else 0.0
-        other = self.other.mean() if self.other.weight else 0.0
-        verify = {width: average.mean() for width, average in self.verify.items()}
-        survive, expected = 1.0, 1.0
-        rates = [expected / (cost_at(verify, 1) + other)]
-        for k, accepted in enumerate(self.acceptance(), 1):
-            survive *= accepted
-            expected += survive
-            rates.append(expected / (cost_at(verify, k + 1) + drafting * k + other))
-        return rates
+    def costs(self) -> Costs:
+        """As measured so far."""
+        return Costs(
+            {width: average.mean() for width, average in self.verify.items()},
+            {origin: average.mean() for origin, average in self.draft_by.items()},
+            self.draft.mean() if self.draft.weight else 0.0,
+            self.other.mean() if self.other.weight else 0.0,
+        )
 
     def plan(self) -> Plan:
         if self.load is not None:
@@ -274,26 +289,28 @@ class ThroughputRun(PolicyRun):
         if self.rounds < 3:
             # Measure first: a plain round in between tells what one row costs, without which k = 0 never looks good.
             return Plan(0 if self.rounds == 1 else self.k)
-        rates = self.rates()
-        best = rates.index(max(rates))
+        costs = self.costs()
+        best, _ = costs.best_length(self.survival())
         if self.since_probe >= self.probe_every:
             # A deeper look keeps estimates beyond the usual length alive; at k = 0 it may find the way back.
             self.since_probe = 0
             best = min(self.limit, best + 2)
         self.k = best
-        return Plan(best)
+        return Plan(best, costs=costs, limit=self.limit)
 
     def observe(self, facts: RoundFacts) -> None:
         self.rounds += 1
         self.since_probe += 1
         for depth in range(facts.num_evaluated):
             if depth == len(self.accepts):
-                self.accepts.append(_Average(64))
+                self.accepts.append(Average(64))
             self.accepts[depth].add(float(depth < facts.num_accepted))
         seconds = facts.seconds
-        self.verify.setdefault(facts.num_nodes + 1, _Average(16)).add(seconds.get("verify", 0.0))
+        self.verify.setdefault(facts.num_nodes + 1, Average(16)).add(seconds.get("verify", 0.0))
         if facts.depth_proposed:
-            self.draft.add(seconds.get("draft", 0.0) / facts.depth_proposed)
+            level = seconds.get("draft", 0.0) / facts.depth_proposed
+            self.draft.add(level)
+            self.draft_by.setdefault(facts.drafter, Average(16)).add(level)
         self.other.add(seconds.get("commit", 0.0) + seconds.get("other", 0.0))
 
 

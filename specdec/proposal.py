@@ -42,6 +42,8 @@ class Proposal:
     draws: tuple[Draw, ...]
     q: Tensor | None = None
     q_rows: tuple[int, ...] = ()
+    origin: str = ""  # which part of a drafter of several parts drew it
+    expected: float | None = None  # tokens of it that the drafter expects to be accepted
 
     @staticmethod
     def empty() -> Proposal:

@@ -118,6 +118,7 @@ class Ending:
                 break
         if not self.stop:
             shown = self._push_text(fresh)
-        origins = tuple(drafter if i < outcome.num_accepted else "target" for i in range(len(fresh)))
+        origin = outcome.proposal.origin or drafter
+        origins = tuple(origin if i < outcome.num_accepted else "target" for i in range(len(fresh)))
         self.origins += origins
         return Chunk(shown, tuple(fresh), origins, tuple(logprobs[: len(fresh)]) if logprobs is not None else None)

@@ -24,12 +24,13 @@ class Round:
     num_evaluated: int = 0
     num_emitted: int = 0
     drafter: str = ""
+    expected: float | None = None  # accepted tokens, by the drafter's own estimate
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def take(self, drafter: str, outcome: Outcome) -> None:
         """Record what became of this round's proposal."""
         tree = outcome.proposal.tree
-        self.drafter = drafter
+        self.drafter, self.expected = outcome.proposal.origin or drafter, outcome.proposal.expected
         self.num_nodes, self.depth_proposed = len(tree), tree.max_depth
         self.num_accepted, self.num_evaluated = outcome.num_accepted, outcome.num_evaluated
         self.num_emitted = len(outcome.tokens)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from specdec.errors import InputError
-from specdec.policy import Constant, Plan, Policy, PolicyRun, check_k
+from specdec.costs import Costs
+from specdec.policy import Average, Constant, Plan, Policy, PolicyRun, RoundFacts, check_k
 from specdec.tree import structure
 
 
@@ -79,3 +80,87 @@ class DynamicTree(Policy):
 
     def start(self) -> PolicyRun:
         return Constant(Plan(self.k, budget=self.budget, width=self.width))
+
+
+@dataclass
+class AdaptiveTreeRun(PolicyRun):
+    """See `AdaptiveTree`."""
+
+    policy: AdaptiveTree
+    verify: dict[int, Average] = field(default_factory=dict)
+    level: Average = field(default_factory=lambda: Average(16))
+    other: Average = field(default_factory=lambda: Average(16))
+    accepted: Average = field(default_factory=lambda: Average(64))
+    expected: Average = field(default_factory=lambda: Average(64))
+    emitted: Average = field(default_factory=lambda: Average(8))  # of drafted rounds
+    seconds: Average = field(default_factory=lambda: Average(8))
+    rounds: int = 0
+    pause: int = 2  # plain rounds before the next look, while drafting does not pay
+    since_drafted: int = 0
+
+    def costs(self) -> Costs:
+        verify = {width: average.mean() for width, average in self.verify.items()}
+        return Costs(verify, draft_average=self.level.mean(), other=self.other.mean())
+
+    def plan(self) -> Plan:
+        policy = self.policy
+        if self.rounds < 3:
+            # Measure first: one plain round, and two of a tree as small as a chain.
+            return Plan(0) if self.rounds == 1 else Plan(policy.k, budget=policy.k, width=policy.width)
+        costs = self.costs()
+        drafting = self.emitted.mean() / max(self.seconds.mean(), 1e-9)
+        if drafting >= 1 / costs.round(0, 0):
+            self.pause = 2
+        elif self.since_drafted < self.pause:
+            return Plan(0)
+        else:
+            self.pause = min(2 * self.pause, policy.probe_every)
+        trust = self.accepted.mean(0.8, 2.0) / max(self.expected.mean(0.8, 2.0), 1e-3)
+        return Plan(policy.k, budget=policy.budget, width=policy.width, costs=costs, trust=trust)
+
+    def observe(self, facts: RoundFacts) -> None:
+        self.rounds += 1
+        self.since_drafted = 0 if facts.depth_proposed else self.since_drafted + 1
+        seconds = facts.seconds
+        self.verify.setdefault(facts.num_nodes + 1, Average(16)).add(seconds.get("verify", 0.0))
+        self.other.add(seconds.get("commit", 0.0) + seconds.get("other", 0.0))
+        if facts.depth_proposed:
+            self.level.add(seconds.get("draft", 0.0) / facts.depth_proposed)
+            if self.rounds > 1:  # the first one also pays for what is done once
+                self.emitted.add(facts.num_accepted + 1)
+                self.seconds.add(sum(seconds.values()))
+        if facts.expected is not None:
+            self.accepted.add(facts.num_accepted)
+            self.expected.add(facts.expected)
+
+
+@dataclass(frozen=True)
+class AdaptiveTree(Policy):
+    """A tree of as many nodes, and levels, as bring the most expected tokens per second: by this text's own costs.
+
+    At most `budget` nodes, `k` deep, from `width` expanded nodes a level. The drafter's probabilities are believed as
+    far as they came true. Where every further node of a level costs more than it brings, this is a chain, and where
+    drafting costs more than it brings, nothing is drafted but every `probe_every` rounds.
+
+    Since it follows the clock, rounds differ between runs; texts do not under a verifier that keeps the seed.
+    """
+
+    budget: int = 48
+    k: int = 8
+    width: int = 8
+    probe_every: int = 24
+
+    def __post_init__(self) -> None:
+        for value in (self.budget, self.k, self.width, self.probe_every):
+            check_k(value)
+
+    @property
+    def branches(self) -> bool:
+        return True
+
+    @property
+    def name(self) -> str:
+        return "adaptive tree"
+
+    def start(self) -> AdaptiveTreeRun:
+        return AdaptiveTreeRun(self)
