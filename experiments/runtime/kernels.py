@@ -23,6 +23,7 @@ from torch.nn.functional import linear as stock_linear
 from torch.nn.functional import scaled_dot_product_attention
 
 from specdec import kernels
+from specdec.dtypes import dtype_name
 
 ROWS = (1, 2, 4, 8, 16)
 SHAPES = ((256, 256), (256, 640), (768, 768), (768, 2048), (2048, 768), (768, 32000))
@@ -61,7 +62,7 @@ def linear_costs(inputs: int, outputs: int, dtype: torch.dtype, megabytes: int, 
     seconds = fastest(slices, jobs)
     return {
         "shape": [inputs, outputs],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "weights": "cold" if megabytes else "hot",
         "native_us": [1e6 * s for s in seconds[: len(ROWS)]],
         "stock_us": [1e6 * s for s in seconds[len(ROWS) :]],
@@ -80,7 +81,7 @@ def attention_costs(num_slots: int, dtype: torch.dtype, slices: int) -> dict:
         steps = kernels.steps()
         keep.append(steps)
         places = torch.arange(num_slots, num_slots + rows)
-        steps.add(slots, num_slots, rows, num_slots, torch.ones(rows, rows, dtype=torch.bool).tril(), places, places)
+        steps.add(slots, num_slots, rows, num_slots, torch.ones(rows, rows, dtype=torch.bool).tril(), places)
         handle = steps.handle()
         q, k = (torch.randn(1, count, rows, size, dtype=dtype) for count in (heads, kv_heads))
 
@@ -106,7 +107,7 @@ def attention_costs(num_slots: int, dtype: torch.dtype, slices: int) -> dict:
     seconds = fastest(slices, jobs)
     return {
         "slots": num_slots,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "native_us": [1e6 * s for s in seconds[: len(ROWS)]],
         "stock_us": [1e6 * s for s in seconds[len(ROWS) :]],
     }
@@ -117,7 +118,7 @@ def prefill(slots: object, num_slots: int, heads: int, kv_heads: int, size: int,
         rows = min(512, num_slots - start)
         places = torch.arange(start, start + rows)
         steps = kernels.steps()
-        steps.add(slots, start, rows, start, torch.ones(rows, rows, dtype=torch.bool).tril(), places, places)
+        steps.add(slots, start, rows, start, torch.ones(rows, rows, dtype=torch.bool).tril(), places)
         q, k = (torch.randn(1, count, rows, size, dtype=dtype) for count in (heads, kv_heads))
         kernels.attend(q, k, k, steps.handle(), 0, size**-0.5)
 

@@ -109,10 +109,10 @@ def slots(num_layers: int) -> Any:
 def steps() -> Any:
     """The description of one forward, `torch.classes.specdec.Steps`: `clear()`, `add(...)` per sequence, `handle()`.
 
-    `add(slots, start, rows, prefix, block, positions, block_positions)`: the next `rows` rows belong to the sequence
+    `add(slots, start, rows, prefix, block, block_positions)`: the next `rows` rows belong to the sequence
     and are written to slots start .. start + rows - 1. Row i sees slots 0 .. prefix - 1, which stand at positions of
     the same number, and slot prefix + j where `block[i, j]` (bool `[rows, start + rows - prefix]`), itself included.
-    `block_positions[j]` is the position of slot prefix + j, `positions[i]` that of the row.
+    `block_positions[j]` is the position of slot prefix + j, and so of the row that is written there.
     """
     _need()
     return torch.classes.specdec.Steps()

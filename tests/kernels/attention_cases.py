@@ -33,13 +33,13 @@ def rows(shape: Shape, num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def chain(start: int, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Block, positions and block positions of `num` causal rows behind `start` slots."""
+def chain(start: int, num: int) -> tuple[Tensor, Tensor]:
+    """Block and block positions of `num` causal rows behind `start` slots."""
     places = torch.arange(start, start + num)
-    return torch.ones(num, num, dtype=torch.bool).tril(), places, places
+    return torch.ones(num, num, dtype=torch.bool).tril(), places
 
 
-def tree(start: int, parents: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def tree(start: int, parents: list[int]) -> tuple[Tensor, Tensor]:
     """The same for tree nodes; parent -1 is the last slot of the prefix."""
     block = torch.eye(len(parents), dtype=torch.bool)
     depths = []
@@ -48,7 +48,7 @@ def tree(start: int, parents: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         if parent >= 0:
             block[node] |= block[parent]
     places = start + torch.tensor(depths)
-    return block, places, places
+    return block, places
 
 
 def attend(shape: Shape, handle: Tensor, q: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> Tensor:

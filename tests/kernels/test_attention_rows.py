@@ -74,11 +74,11 @@ def test_a_tree_may_grow_in_two_steps() -> None:
     shape = Shape(window=40)
     q, k, v = rows(shape, 50 + len(PARENTS), seed=4)
     nodes = [t[:, 50:] for t in (q, k, v)]
-    block, places, _ = tree(50, PARENTS)
-    whole = step(shape, prefilled(shape, k[:, :50], v[:, :50]), 50, 50, *nodes, block, places, places)
+    block, places = tree(50, PARENTS)
+    whole = step(shape, prefilled(shape, k[:, :50], v[:, :50]), 50, 50, *nodes, block, places)
     slots = prefilled(shape, k[:, :50], v[:, :50])
-    first = step(shape, slots, 50, 50, *(t[:, :5] for t in nodes), block[:5, :5], places[:5], places[:5])
-    rest = step(shape, slots, 55, 50, *(t[:, 5:] for t in nodes), block[5:], places[5:], places)
+    first = step(shape, slots, 50, 50, *(t[:, :5] for t in nodes), block[:5, :5], places[:5])
+    rest = step(shape, slots, 55, 50, *(t[:, 5:] for t in nodes), block[5:], places)
     assert torch.equal(torch.cat((first, rest)), whole)
 
 
@@ -153,14 +153,10 @@ def test_what_a_row_cannot_see_does_not_touch_it() -> None:
     places[4:] -= 1
     places[3] -= 1  # slot 14 is a sibling of slot 15
     block[3, 2] = False
-    clean = step(
-        shape, prefilled(shape, k[:, :12], v[:, :12]), 12, 12, *(t[:, 12:] for t in (q, k, v)), block, places, places
-    )
+    clean = step(shape, prefilled(shape, k[:, :12], v[:, :12]), 12, 12, *(t[:, 12:] for t in (q, k, v)), block, places)
     k[:, [0, 3, 14]] = torch.nan
     v[:, [0, 3, 14]] = torch.inf
-    dirty = step(
-        shape, prefilled(shape, k[:, :12], v[:, :12]), 12, 12, *(t[:, 12:] for t in (q, k, v)), block, places, places
-    )
+    dirty = step(shape, prefilled(shape, k[:, :12], v[:, :12]), 12, 12, *(t[:, 12:] for t in (q, k, v)), block, places)
     keep = [0, 1, 3, 4, 5, 6, 7]
     assert torch.equal(clean[keep], dirty[keep])
     assert not torch.isfinite(dirty[2]).all()

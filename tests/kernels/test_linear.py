@@ -116,7 +116,7 @@ def test_operators_trace_with_any_number_of_rows() -> None:
         slots.reserve(16)
         rows = x.shape[1]
         places = torch.arange(rows)
-        steps.add(slots, 0, rows, 0, torch.ones(rows, rows, dtype=torch.bool).tril(), places, places)
+        steps.add(slots, 0, rows, 0, torch.ones(rows, rows, dtype=torch.bool).tril(), places)
         return model(x, steps.handle())  # type: ignore[operator]
 
     model = Block()

@@ -109,9 +109,9 @@ class Texts:
         return out[0, :count].cpu()
 
 
-def step_of(start: int, prefix: int, seen: tuple[Tensor, Tensor, Tensor]) -> Step:
-    block, positions, places = seen
-    return Step(torch.zeros(len(positions), dtype=torch.int64), prefix, block, places, start, 1)
+def step_of(start: int, prefix: int, seen: tuple[Tensor, Tensor]) -> Step:
+    block, places = seen
+    return Step(torch.zeros(len(block), dtype=torch.int64), prefix, block, places, start, 1)
 
 
 SHAPES = [
@@ -177,9 +177,9 @@ def test_a_tree_may_grow_in_two_steps(kernels: ModuleType) -> None:
     q, k, v = rows(shape, 50 + len(PARENTS), seed=5)
     texts = Texts(kernels, shape)
     nodes = [t[:, 50:] for t in (q, k, v)]
-    block, places, _ = tree(50, PARENTS)
+    block, places = tree(50, PARENTS)
     one, two = (texts.slots(k[:, :50], v[:, :50], 80) for _ in range(2))
-    whole = texts.step([(one, step_of(50, 50, (block, places, places)))], *nodes, width=13)
+    whole = texts.step([(one, step_of(50, 50, (block, places)))], *nodes, width=13)
     first = (block[:5, :5], places[:5], places[:5])
     head = texts.step([(two, step_of(50, 50, first))], *(t[:, :5] for t in nodes), width=8)
     rest = (block[5:], places[5:], places)
@@ -209,13 +209,13 @@ def test_sequences_in_one_step_have_the_bits_that_they_have_alone(kernels: Modul
 def test_what_a_row_cannot_see_does_not_touch_it(kernels: ModuleType) -> None:
     shape = Shape(window=6)
     q, k, v = rows(shape, 20, seed=8)
-    block, places, _ = tree(12, [-1, 0, 1, 1, 3, 4, 5, 6])  # node 2 is a leaf: others must not see it
+    block, places = tree(12, [-1, 0, 1, 1, 3, 4, 5, 6])  # node 2 is a leaf: others must not see it
     texts = Texts(kernels, shape)
     outs = []
     for _ in range(2):
         slots = texts.slots(k[:, :12], v[:, :12], 64)
         new = [t[:, 12:] for t in (q, k, v)]
-        outs.append(texts.step([(slots, step_of(12, 12, (block, places, places)))], *new, width=8))
+        outs.append(texts.step([(slots, step_of(12, 12, (block, places)))], *new, width=8))
         k[:, [0, 3, 14]], v[:, [0, 3, 14]] = torch.nan, torch.inf
     keep = [0, 1, 3, 4, 5, 6, 7]
     assert torch.equal(outs[0][keep], outs[1][keep])
@@ -247,8 +247,8 @@ def test_large_logits_do_not_overflow(kernels: ModuleType) -> None:
 
 def test_a_plan_names_each_row_once() -> None:
     """The plan of a tree on a prefix of 10: what is seen behind the plain slots stands in tails."""
-    block, places, _ = tree(10, [-1, -1, 0, 1])
-    seen: Sight = sight(step_of(10, 10, (block, places, places)))
+    block, places = tree(10, [-1, -1, 0, 1])
+    seen: Sight = sight(step_of(10, 10, (block, places)))
     assert seen.plain_M.tolist() == [1, 0, 1, 0]
     assert seen.length_M.tolist() == [1, 1, 2, 2]
     assert seen.tail_MT.tolist() == [[0, 0], [1, 0], [2, 0], [1, 3]]

@@ -134,7 +134,7 @@ struct Attention {
         Row& row = rows[segment.first_row + i];
         row = {steps.columns.data() + seen.offset, seen.count, seen.lead, 0};
         if (window == 0) continue;
-        const int64_t oldest = segment.positions[i] - window + 1;  // the first position that the row may see
+        const int64_t oldest = segment.position(i) - window + 1;  // the first position that the row may see
         row.first = std::max<int64_t>(0, std::min(oldest, segment.prefix));
         while (row.first >= segment.prefix && row.first < row.count) {
           const int64_t j = row.first - segment.prefix;

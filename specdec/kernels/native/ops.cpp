@@ -126,9 +126,8 @@ TORCH_LIBRARY(specdec, m) {
       .def("clear", &Steps::clear)
       .def("num_rows", &Steps::num_rows)
       .def("add", [](const c10::intrusive_ptr<Steps>& self, const c10::intrusive_ptr<Slots>& slots, int64_t start,
-                     int64_t rows, int64_t prefix, const at::Tensor& block, const at::Tensor& positions,
-                     const at::Tensor& block_positions) {
-        self->add(slots, start, rows, prefix, block, positions, block_positions);
+                     int64_t rows, int64_t prefix, const at::Tensor& block, const at::Tensor& block_positions) {
+        self->add(slots, start, rows, prefix, block, block_positions);
       })
       .def("handle", [](const c10::intrusive_ptr<Steps>& self) { return Steps::handle(self); });
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", {at::Tag::pt2_compliant_tag});

@@ -146,7 +146,10 @@ struct Steps : torch::CustomClassHolder {
   struct Segment {
     c10::intrusive_ptr<Slots> slots;
     int64_t start, rows, prefix, first_row;
-    std::vector<int64_t> positions, block_positions;
+    std::vector<int64_t> block_positions;
+
+    // Row i is written to slot start + i, and stands where that slot stands.
+    int64_t position(int64_t i) const { return block_positions[start - prefix + i]; }
   };
 
   ~Steps() override {
@@ -162,7 +165,7 @@ struct Steps : torch::CustomClassHolder {
   }
 
   void add(const c10::intrusive_ptr<Slots>& slots, int64_t start, int64_t rows, int64_t prefix, const at::Tensor& block,
-           const at::Tensor& positions, const at::Tensor& block_positions) {
+           const at::Tensor& block_positions) {
     const int64_t width = start + rows - prefix;
     TORCH_CHECK(slots, "add: slots is None");
     TORCH_CHECK(rows > 0 && prefix >= 0 && prefix <= start, "add: needs rows > 0 and 0 <= prefix <= start; got rows ",
@@ -173,12 +176,14 @@ struct Steps : torch::CustomClassHolder {
                     block.size(0) == rows && block.size(1) == width,
                 "add: block must be a bool CPU tensor [", rows, ", ", width, "] (rows, start + rows - prefix), got ",
                 block.scalar_type(), " ", block.sizes());
-    check_positions(positions, rows, "positions");
-    check_positions(block_positions, width, "block_positions");
+    TORCH_CHECK(block_positions.scalar_type() == at::kLong && block_positions.device().is_cpu() &&
+                    block_positions.dim() == 1 && block_positions.size(0) == width,
+                "add: block_positions must be an int64 CPU tensor [", width, "], got ", block_positions.scalar_type(),
+                " ", block_positions.sizes());
     for (const Segment& other : segments)
       TORCH_CHECK(other.slots != slots, "add: a sequence stands twice in one step; pack its rows into one add()");
     const at::Tensor mask = block.contiguous();
-    Segment segment{slots, start, rows, prefix, num_rows(), copied(positions), copied(block_positions)};
+    Segment segment{slots, start, rows, prefix, num_rows(), copied(block_positions)};
     const size_t num_seen = seen.size(), num_columns = columns.size();
     try {
       for (int64_t i = 0; i < rows; i++) see(segment, i, mask.const_data_ptr<bool>() + i * width, width);
@@ -226,10 +231,6 @@ struct Steps : torch::CustomClassHolder {
     return *all;
   }
 
-  static void check_positions(const at::Tensor& t, int64_t size, const char* name) {
-    TORCH_CHECK(t.scalar_type() == at::kLong && t.device().is_cpu() && t.dim() == 1 && t.size(0) == size, "add: ", name,
-                " must be an int64 CPU tensor [", size, "], got ", t.scalar_type(), " ", t.sizes());
-  }
   static std::vector<int64_t> copied(const at::Tensor& t) {
     const at::Tensor flat = t.contiguous();
     return {flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel()};
@@ -240,8 +241,6 @@ struct Steps : torch::CustomClassHolder {
   void see(const Segment& segment, int64_t i, const bool* mask, int64_t width) {
     const int64_t own = segment.start - segment.prefix + i;
     TORCH_CHECK(mask[own], "add: row ", i, " does not see itself: block[", i, ", ", own, "] is false");
-    TORCH_CHECK(segment.positions[i] == segment.block_positions[own], "add: row ", i, " stands at position ",
-                segment.positions[i], " but block_positions[", own, "] is ", segment.block_positions[own]);
     Seen row{int64_t(columns.size()), 0, segment.prefix};
     int64_t last = segment.prefix - 1;
     for (int64_t c = 0; c < width; c++) {

@@ -272,7 +272,7 @@ class CompiledBackend(Backend):
         if step.end > self._capacity:
             self._slots.reserve(bucket(step.end, max(self.capabilities.context, step.end)))
         self._shared.steps.add(
-            self._slots, step.start, step.num_rows, step.prefix, step.block_MB, step.positions, step.block_positions_B
+            self._slots, step.start, step.num_rows, step.prefix, step.block_MB, step.block_positions_B
         )
 
     def gather(self, slots: Sequence[int], start: int) -> None:
