@@ -26,8 +26,9 @@ examples:
   specdec train draft --help                               the options of a kind
   specdec train export runs/eagle --layout speculators --out eagle-speculators
 
-An interrupted run goes on when the same command is given again. On several GPUs or processes:
+An interrupted run goes on when the same command is given again. On several GPUs, or on the CPU in several processes:
   accelerate launch -m specdec train draft …
+  torchrun --nproc-per-node 2 -m specdec train draft …
 """
 EXPORT = "export"
 

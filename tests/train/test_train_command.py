@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -231,17 +232,18 @@ def test_export_calls_the_kind_that_wrote_the_folder(tmp_path, monkeypatch, caps
 def test_two_processes_take_the_steps_of_one(folder, tmp_path):
     options = ["train", "draft", "--target", str(folder / "target"), "--init", str(folder / "draft"), "--data"]
     options += [str(folder / "text.txt"), "--length", "32", "--steps", "6", "--evaluations", "2", "--device", "cpu"]
-    launch = ["accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1", "--mixed_precision"]
-    launch += ["no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m"]
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "-m"]
     own = ["--self-generate", "20", "--prompt-tokens", "5"]
     for name, first, more in (("one", [], ["--batch", "4"]), ("two", launch, ["--batch", "2"]), ("own", launch, own)):
         words = [*first, "specdec", *options, *more, "--out", str(tmp_path / name)]
-        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=300)
+        cpu = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=300, env=cpu)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("ended by steps") == 1  # one process speaks
     curves, ends = [], []
-    for name in ("one", "two"):
+    for name, processes in (("one", 1), ("two", 2)):
         record = json.loads((tmp_path / name / "provenance.json").read_text())
+        assert record["processes"] == processes
         curves.append([row["expected_length_t1"] for row in record["held_out_curve"]])
         ends.append(load_file(checkpoint.latest(tmp_path / name) / "module.safetensors"))
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
