@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.transfer import to_device
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -61,7 +63,7 @@ def uniforms(keys: Sequence[int], count: int, device: torch.device | str = "cpu"
     Integer arithmetic only up to the last step, hence the same numbers on every device.
     """
     step = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
-    x = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)[:, None] + step
+    x = to_device([_signed(key) for key in keys], device)[:, None] + step
     x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
     x = x ^ _shift_right(x, 31)

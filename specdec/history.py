@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.transfer import to_device
+
 
 class History(list[int]):
     """Token ids. Grow it by `append` and `extend`, shorten it by `truncate`, change it in no other way.
@@ -42,7 +44,7 @@ class History(list[int]):
             self._ids = torch.empty(max(64, 2 * end), dtype=torch.int64, device=tail.device)
             self._num_ids = 0
         if self._num_ids < num:
-            self._ids[self._num_ids : num] = torch.tensor(self[self._num_ids :], dtype=torch.int64)
+            self._ids[self._num_ids : num] = to_device(self[self._num_ids :], tail.device)
             self._num_ids = num
         self._ids[num:end] = tail
         return self._ids[:end]
@@ -58,5 +60,5 @@ class History(list[int]):
 
     @staticmethod
     def _count(counts_V: Tensor, tokens: list[int], by: int) -> None:
-        index = torch.tensor(tokens, dtype=torch.int64, device=counts_V.device)
+        index = to_device(tokens, counts_V.device)
         counts_V.index_add_(0, index, torch.full_like(index, by))

@@ -29,8 +29,14 @@ def conclude(proposal: Proposal, verdict: Verdict, rows: Rows, broken: Tensor) -
     This is the round's only transfer from the device.
     """
     packed = torch.stack((verdict.node.to(verdict.token.device), verdict.token))
-    node, token, *rest = torch.cat((packed, broken.to(packed), proposal.tree.tokens.to(packed))).tolist()
+    there = [packed, broken.to(packed)]
+    given = proposal.tree.tokens
+    if given.device == packed.device:
+        there.append(given)
+    node, token, *rest = torch.cat(there).tolist()
     flags, drafted = rest[: len(broken)], rest[len(broken) :]
+    if given.device != packed.device:  # drafted on the host, where nobody waits for them
+        drafted = given.tolist()
     path = proposal.tree.path(node)
     tokens = (*(drafted[at] for at in path), token)
     for count, at in enumerate((-1, *path)):

@@ -25,6 +25,7 @@ from transformers import (
 from specdec.chance import Chance, CounterChance, GreedyChance
 from specdec.errors import InputError
 from specdec.history import History
+from specdec.transfer import to_device
 from specdec.tree import TokenTree
 
 # Below this, division would overflow; the limit is a one-hot row all the same.
@@ -117,9 +118,9 @@ class Sampling:
         seen_NV = seen_V.expand_as(scores)
         paths = [(row, on) for row, node in enumerate(nodes) for on in tree.path(node)]
         if paths:
-            rows, path = torch.tensor(paths, device=scores.device).T
+            rows, path = to_device(torch.tensor(paths), scores.device).T
             seen_NV = seen_NV.clone()
-            seen_NV[rows, tree.tokens.to(scores.device)[path]] = True
+            seen_NV[rows, to_device(tree.tokens, scores.device)[path]] = True
         penalty = self.repetition_penalty
         return torch.where(seen_NV, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,8 @@ from specdec.chance import Chance
 from specdec.errors import IncompatiblePairError
 from specdec.proposal import Draw, Proposal
 from specdec.sampling import Sampling
-from specdec.tree import TokenTree
+from specdec.transfer import to_device
+from specdec.tree import TokenTree, structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +81,23 @@ def walk(tree: TokenTree, y: Tensor) -> Verdict:
     device = y.device
     if not len(tree):
         return Verdict(torch.tensor(-1, device=device), y[0])
-    tokens = tree.tokens.to(device)
+    tokens = to_device(tree.tokens, device)
     if tree.is_chain:
         node = (tokens == y[:-1]).long().cumprod(0).sum() - 1
     else:
-        match = tokens == y[torch.tensor(tree.parents, device=device) + 1]
-        reached = (match | ~tree.ancestors_NN.to(device)).all(-1)
-        depth = torch.tensor(tree.depths, device=device) * reached
+        parents_N, depths_N, ancestors_NN = _on_device(tree.parents, device)
+        match = tokens == y[parents_N + 1]
+        reached = (match | ~ancestors_NN).all(-1)
+        depth = depths_N * reached
         node = torch.where(depth.max() > 0, depth.argmax(), -1)
-    return Verdict(node, y[node + 1])
+    return Verdict(node, y.index_select(0, (node + 1)[None])[0])  # y[node + 1] would read `node` on the host
+
+
+@lru_cache(maxsize=256)
+def _on_device(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents and depths `[N]`, ancestors `[N, N]`; once per shape."""
+    shape = structure(parents)
+    return to_device(parents, device), to_device(shape.depths, device), to_device(shape.ancestors_NN, device)
 
 
 def positive_part(residual: Tensor, otherwise: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from specdec.chance import Chance
 from specdec.proposal import Draw, Proposal
+from specdec.transfer import to_device
 from specdec.verifier import Verdict, Verifier, positive_part
 
 
@@ -31,7 +32,7 @@ class Block(Verifier):
         if not k:
             return Verdict(torch.tensor(-1, device=p.device), chance.draw(p)[0])
         q = proposal.chain_distributions(p)
-        x = proposal.tree.tokens.to(p.device)[:, None]
+        x = to_device(proposal.tree.tokens, p.device)[:, None]
         px, qx = p[:-1].gather(1, x)[:, 0], q.gather(1, x)[:, 0]
         weights = [torch.ones_like(px[0])]
         for i in range(k):
@@ -44,4 +45,4 @@ class Block(Verifier):
         kept = chance.accept(h, torch.ones_like(h)).long()
         n = (kept * torch.arange(1, k + 1, device=p.device)).max()
         rows = torch.cat((positive_part(residual, p[:-1]), p[-1:]))
-        return Verdict(n - 1, chance.draw(rows[n][None])[0])
+        return Verdict(n - 1, chance.draw(rows.index_select(0, n[None]))[0])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from specdec.chance import Chance
 from specdec.proposal import Draw, Proposal
+from specdec.transfer import to_device
 from specdec.verifier import Verdict, Verifier, positive_part
 
 
@@ -27,8 +28,8 @@ class Ratio(Verifier):
 
     def verify(self, p: Tensor, proposal: Proposal, position: int, chance: Chance) -> Verdict:
         q = proposal.chain_distributions(p)
-        x = proposal.tree.tokens.to(p.device)[:, None]
+        x = to_device(proposal.tree.tokens, p.device)[:, None]
         accepted = chance.accept(p[:-1].gather(1, x)[:, 0], q.gather(1, x)[:, 0])
         n = accepted.long().cumprod(0).sum()
         rows = torch.cat((positive_part(p[:-1] - q, p[:-1]), p[-1:]))
-        return Verdict(n - 1, chance.draw(rows[n][None])[0])
+        return Verdict(n - 1, chance.draw(rows.index_select(0, n[None]))[0])

@@ -18,7 +18,7 @@ from specdec.errors import InputError
 from specdec.kernels.plan import FIELDS, Layout, size, views
 from specdec.runtime.backend import Step
 from specdec.runtime.cache import bucket
-from specdec.runtime.transfer import to_device
+from specdec.transfer import to_device
 
 # Blocks of at most this many slots are kept for the next step of the same shape.
 _SMALL_BLOCK = 128

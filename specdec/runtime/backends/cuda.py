@@ -24,7 +24,7 @@ from specdec.runtime.check import check_step, compare
 from specdec.runtime.device import DeviceKernels, DeviceSlots, place, sight, write_plan
 from specdec.runtime.native import NativeModel, obstacle
 from specdec.runtime.reductions import RowSums
-from specdec.runtime.transfer import to_device
+from specdec.transfer import to_device
 
 #: Rows of captured graphs. A step runs on the next wider one; wider steps run uncaptured.
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
