@@ -1,5 +1,6 @@
 """Drafters, one file each (imported as `specdec.drafters`)."""
 
+from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.model import ModelDrafter
@@ -9,6 +10,7 @@ from specdec.drafters.parallel import ParallelDrafter
 from specdec.drafters.suffix import SuffixDrafter
 
 __all__ = [
+    "EagleDrafter",
     "LookaheadDrafter",
     "MedusaDrafter",
     "ModelDrafter",

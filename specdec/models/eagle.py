@@ -77,8 +77,12 @@ class EagleConfig(LlamaConfig):
     @property
     def hidden(self) -> tuple[int, ...]:
         """Those states by their index in `transformers`' `hidden_states`."""
+        return self.hidden_by(self.hidden_convention)
+
+    def hidden_by(self, convention: str) -> tuple[int, ...]:
+        """What they would be by another convention."""
         assert self.target_layer_ids is not None
-        return tuple(i + (self.hidden_convention == "output") for i in self.target_layer_ids)
+        return tuple(i + (convention == "output") for i in self.target_layer_ids)
 
 
 def check_config(config: EagleConfig) -> EagleConfig:

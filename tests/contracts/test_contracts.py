@@ -12,9 +12,18 @@ from typing import Any
 
 import pytest
 import tiny_dflash
+import tiny_eagle
 import tiny_models
 import torch
-from specdec.drafters import LookaheadDrafter, MedusaDrafter, ModelDrafter, NgramDrafter, NoDrafter, SuffixDrafter
+from specdec.drafters import (
+    EagleDrafter,
+    LookaheadDrafter,
+    MedusaDrafter,
+    ModelDrafter,
+    NgramDrafter,
+    NoDrafter,
+    SuffixDrafter,
+)
 from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
 
 import specdec
@@ -52,7 +61,13 @@ def partial_block_draft() -> torch.nn.Module:
     return tiny_dflash.fitted(target(), PROMPT + tiny_models.reference(target(), PROMPT, 30))
 
 
+@cache
+def eagle_head() -> torch.nn.Module:
+    return tiny_eagle.fitted(target(), PROMPT + tiny_models.reference(target(), PROMPT, 40))
+
+
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
+    "eagle": lambda: EagleDrafter(eagle_head()),
     "lookahead": lambda: LookaheadDrafter(window=3, ngram=3, guesses=3),
     "medusa": lambda: MedusaDrafter(target(), medusa_heads()),
     "model": lambda: ModelDrafter(partial_draft()),
