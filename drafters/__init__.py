@@ -1,6 +1,7 @@
 """Drafters, one file each (imported as `specdec.drafters`)."""
 
 from specdec.drafters.eagle import EagleDrafter
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.model import ModelDrafter
@@ -11,6 +12,7 @@ from specdec.drafters.suffix import SuffixDrafter
 
 __all__ = [
     "EagleDrafter",
+    "HybridDrafter",
     "LookaheadDrafter",
     "MedusaDrafter",
     "ModelDrafter",

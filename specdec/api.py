@@ -331,7 +331,12 @@ def load(
             dtype, reason = fastest_dtype(stored_dtype(source, trust_remote_code), device)
         target = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **model_options)
     context = BuildContext(
-        target, tokenizer, source, device if device is not None else target.device, target.dtype, backend
+        target,
+        tokenizer,
+        device=device if device is not None else target.device,
+        dtype=target.dtype,
+        backend=backend,
+        target_source=source,
     )
     drafter = resolve_drafter(drafter, context, **dict(drafter_options or {}))
     decoder = SpeculativeDecoder(

@@ -56,7 +56,10 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class BuildContext:
-    """What a drafter named by the user is built from: `source` is a folder or hub id of weights, when one was given."""
+    """What a drafter named by the user is built from: `source` is a folder or hub id of weights, when one was given.
+
+    `target_source`: where the target was loaded from, if it was.
+    """
 
     target: Any
     tokenizer: Any = None
@@ -64,6 +67,7 @@ class BuildContext:
     device: Any = None
     dtype: Any = None
     backend: str | None = None  # how its own models should run; None: the best that there is
+    target_source: str | None = None
 
 
 #: How a session that holds a prompt gets its keys and values.

@@ -145,7 +145,7 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
     name = str(drafter)
     if name in registry.available("drafter"):
         own = EMBEDDED / "draft" if name == "model" else EMBEDDED / name
-        source = str(own) if context.source == str(EMBEDDED / "target") and own.is_dir() else None
+        source = str(own) if context.target_source == str(EMBEDDED / "target") and own.is_dir() else None
         plugin = registry.find("drafter", name)
     elif Path(name).is_dir() or "/" in name:
         source = name

@@ -1,0 +1,227 @@
+"""A retrieval drafter and a neural one, of which each round takes what it expects the most of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import torch
+
+from specdec.chance import Chance
+from specdec.costs import Costs
+from specdec.drafter import BuildContext, Drafter, ModelRunner, Outcome, Prefill, Request
+from specdec.errors import InputError
+from specdec.loading import resolve_drafter
+from specdec.policy import Average, Plan
+from specdec.proposal import Proposal
+from specdec.runtime.backend import Backend
+from specdec.runtime.session import Session, Steps
+from specdec.tree import TokenTree
+
+# Estimates start from this probability, as if it had been seen so often.
+_PRIOR, _STRENGTH = 0.5, 2.0
+# Retrieved drafts are told apart by their length: a long match is another thing than a short one.
+_LONGEST_BIN = 4
+
+
+@dataclass(eq=False)
+class Track:
+    """How often drafts of one kind were accepted at each depth, among those that got there; newer ones count more."""
+
+    accepts: list[Average] = field(default_factory=list)
+
+    def survival(self, depth: int) -> list[float]:
+        """P(accepted at each depth and all before it)."""
+        estimate, estimates = _PRIOR, []
+        for at in range(depth):
+            if at < len(self.accepts):
+                estimate = self.accepts[at].mean(estimate, _STRENGTH)
+            estimates.append(estimate)
+        return list(accumulate(estimates, mul))
+
+    def observe(self, accepted: int, evaluated: int) -> None:
+        for depth in range(evaluated):
+            if depth == len(self.accepts):
+                self.accepts.append(Average(32))
+            self.accepts[depth].add(float(depth < accepted))
+
+
+@dataclass(eq=False)
+class HybridState:
+    request: Request
+    retrieval: Any
+    neural: Any
+    tracks: dict[str, Track] = field(default_factory=dict)
+    since_neural: int = 0
+    since_retrieval: int = 0
+    proposed: str = ""  # the track of the last proposal
+    num_neural: int = 0  # nodes of the last proposal that the neural drafter drew, the first ones
+
+    def track(self, name: str) -> Track:
+        return self.tracks.setdefault(name, Track())
+
+
+def _bin(length: int) -> str:
+    return f"{min(_LONGEST_BIN, length.bit_length())}"
+
+
+class HybridDrafter(ModelRunner):
+    """Looks the continuation up when a lookup is worth more than a draft model's tokens, and drafts otherwise.
+
+    Both are weighed in expected tokens per second: acceptance by depth is learnt from this text, for retrieved drafts
+    by their length; costs are the policy's measurements where it has some (`throughput`), else a draft step counts
+    `draft_cost` of a verification. The one that was not taken is tried again every `probe_every` rounds. Under a policy
+    of trees both go into one tree. `retrieval` and `neural`: drafters, or names.
+
+    Lossless: yes, with every lossless verifier: which of them proposes depends on earlier rounds, and on a draft that
+    is a point mass.
+    """
+
+    def __init__(self, retrieval: Drafter, neural: Drafter, draft_cost: float = 0.2, probe_every: int = 24):
+        if draft_cost < 0 or probe_every < 1:
+            raise InputError(f"need draft_cost >= 0 and probe_every >= 1, not {draft_cost} and {probe_every}")
+        if retrieval.hidden or isinstance(retrieval, ModelRunner):
+            raise InputError(f"the {retrieval.name} drafter runs a model: it is the neural part; retrieval is a lookup")
+        self.retrieval, self.neural = retrieval, neural
+        self.draft_cost, self.probe_every = draft_cost, probe_every
+        self.hidden, self.shares_target = neural.hidden, neural.shares_target  # type: ignore[misc]
+        self.draws, self.trees = neural.draws, neural.trees  # type: ignore[misc]
+
+    @classmethod
+    def build(
+        cls,
+        context: BuildContext,
+        retrieval: Any = "suffix",
+        neural: Any = "model",
+        retrieval_options: Mapping[str, Any] | None = None,
+        neural_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Drafter:
+        # The embedded target is recognised by where it was loaded from.
+        first = resolve_drafter(retrieval, context, **dict(retrieval_options or {}))
+        return cls(first, resolve_drafter(neural, context, **dict(neural_options or {})), **options)
+
+    @property
+    def name(self) -> str:
+        return f"{self.retrieval.name}+{self.neural.name}"
+
+    def target_backend(self, backend: Backend, model: Any) -> Backend:
+        return self.neural.target_backend(backend, model)
+
+    def start(self, request: Request) -> HybridState:
+        return HybridState(request, self.retrieval.start(request), self.neural.start(request))
+
+    def starting(self, request: Request, prefill: Prefill = Session.prefilling) -> Steps[HybridState]:
+        neural = yield from self.neural.starting(request, prefill)
+        return HybridState(request, self.retrieval.start(request), neural)
+
+    def proposing(self, state: HybridState, plan: Plan, chance: Chance) -> Steps[Proposal]:
+        found = self.retrieval.propose(state.retrieval, replace(plan, depth=plan.deepest, shape=()), chance)
+        name = f"{self.retrieval.name} {_bin(len(found.tree))}" if len(found.tree) else ""
+        if _wants_trees(plan):
+            return (yield from self._both(state, plan, chance, found, name))
+        lookup, drafted = self._lengths(state, plan, name, len(found.tree))
+        state.num_neural = 0
+        if lookup:
+            state.proposed = name
+            return replace(_first(found, lookup), origin=self.retrieval.name)
+        if not drafted:
+            return Proposal.empty()
+        state.proposed = "neural"
+        drawn = yield from self.neural.proposing(state.neural, replace(plan, depth=drafted, limit=0), chance)
+        state.num_neural = len(drawn.tree)
+        return replace(drawn, origin=self.neural.name)
+
+    def _lengths(self, state: HybridState, plan: Plan, name: str, found: int) -> tuple[int, int]:
+        """How many retrieved tokens to propose, and how many to draft: not both."""
+        costs = plan.costs or Costs(draft_average=self.draft_cost)
+        lookup, lookup_rate = costs.best_length(state.track(name).survival(found), self.retrieval.name, levels=0)
+        survival = state.track("neural").survival(plan.deepest)
+        drafted, rate = costs.best_length(survival, self.neural.name)
+        if plan.costs is None:
+            # Nobody measured what drafting costs: as deep as was asked for.
+            drafted = plan.depth
+            rate = (1 + sum(survival[:drafted])) / costs.round(drafted, drafted, self.neural.name)
+        if state.since_neural >= self.probe_every:
+            return 0, max(1, drafted)
+        if found and state.since_retrieval >= self.probe_every:
+            return max(1, lookup), 0
+        return (lookup, 0) if lookup and lookup_rate >= rate else (0, drafted)
+
+    def _both(self, state: HybridState, plan: Plan, chance: Chance, found: Proposal, name: str) -> Steps[Proposal]:
+        """The neural tree, and the retrieved chain where it goes on from it; equal beginnings are one path."""
+        drawn = yield from self.neural.proposing(state.neural, plan, chance)
+        state.proposed, state.num_neural = "both", len(drawn.tree)
+        if not len(found.tree):
+            return replace(drawn, origin=self.neural.name)
+        survival = state.track(name).survival(len(found.tree))
+        length, _ = (plan.costs or Costs()).best_length(survival, self.retrieval.name, levels=0)
+        return _merged(drawn, _first(found, min(length, plan.depth)), f"{self.neural.name}+{self.retrieval.name}")
+
+    def observe(self, state: HybridState, outcome: Outcome) -> HybridState:
+        if state.proposed not in ("", "both") and len(outcome.proposal.tree):
+            state.track(state.proposed).observe(outcome.num_accepted, outcome.num_evaluated)
+        looked_up = len(outcome.proposal.tree) > state.num_neural
+        state.since_neural = 0 if state.num_neural else state.since_neural + 1
+        state.since_retrieval = 0 if looked_up else state.since_retrieval + 1
+        state.retrieval = self.retrieval.observe(state.retrieval, outcome)
+        state.neural = self.neural.observe(state.neural, _part(outcome, state.num_neural))
+        state.proposed = ""
+        return state
+
+    def warmup(self) -> None:
+        self.neural.warmup()
+
+    def sessions(self, state: HybridState) -> Sequence[Session]:
+        return self.neural.sessions(state.neural)
+
+    def bytes_for(self, length: int) -> int:
+        return self.neural.bytes_for(length)
+
+
+def _wants_trees(plan: Plan) -> bool:
+    return bool(plan.budget or plan.shape) or any(count > 1 for count in plan.branching)
+
+
+def _first(proposal: Proposal, length: int) -> Proposal:
+    """The first nodes of a chain of point masses."""
+    return Proposal.point(TokenTree.chain(proposal.tree.tokens[:length]))
+
+
+def _part(outcome: Outcome, count: int) -> Outcome:
+    """What the drafter that drew the first `count` nodes has to know: the text goes on as it did."""
+    tree = outcome.proposal.tree
+    if count == len(tree):
+        return outcome
+    own = replace(
+        outcome.proposal,
+        tree=TokenTree(tree.tokens[:count], tree.parents[:count]),
+        draws=outcome.proposal.draws[:count],
+        q_rows=outcome.proposal.q_rows[:count],
+    )
+    path = tuple(node for node in outcome.path if node < count)
+    return replace(outcome, proposal=own, path=path, logits=outcome.logits[: count + 1])
+
+
+def _merged(drawn: Proposal, chain: Proposal, origin: str) -> Proposal:
+    """One tree: the nodes of `drawn`, then those of the chain that it does not have."""
+    tree = drawn.tree
+    tokens: list[int] = chain.tree.tokens.tolist()
+    have = {
+        (parent, token): node
+        for node, (parent, token) in enumerate(zip(tree.parents, tree.tokens.tolist(), strict=True))
+    }
+    at, used = -1, 0
+    while used < len(tokens) and (at, tokens[used]) in have:
+        at = have[at, tokens[used]]
+        used += 1
+    more = tokens[used:]
+    if not more:
+        return replace(drawn, origin=origin)
+    parents = [at, *range(len(tree), len(tree) + len(more) - 1)]
+    new = torch.tensor(more, dtype=torch.int64, device=tree.tokens.device)
+    rows = (*drawn.q_rows, *([-1] * len(more))) if drawn.q is not None else ()
+    return Proposal(tree.extend(new, parents), (*drawn.draws, *chain.draws[: len(more)]), drawn.q, rows, origin)
