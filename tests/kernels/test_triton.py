@@ -180,9 +180,9 @@ def test_a_tree_may_grow_in_two_steps(kernels: ModuleType) -> None:
     block, places = tree(50, PARENTS)
     one, two = (texts.slots(k[:, :50], v[:, :50], 80) for _ in range(2))
     whole = texts.step([(one, step_of(50, 50, (block, places)))], *nodes, width=13)
-    first = (block[:5, :5], places[:5], places[:5])
+    first = (block[:5, :5], places[:5])
     head = texts.step([(two, step_of(50, 50, first))], *(t[:, :5] for t in nodes), width=8)
-    rest = (block[5:], places[5:], places)
+    rest = (block[5:], places)
     tail = texts.step([(two, step_of(55, 50, rest))], *(t[:, 5:] for t in nodes), width=8)
     assert torch.equal(torch.cat((head, tail)), whole)
 
