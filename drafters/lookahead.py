@@ -166,13 +166,26 @@ class LookaheadDrafter(Drafter):
     def _chain(self, state: LookaheadState, plan: Plan) -> TokenTree:
         draft: list[int] = []
         while len(draft) < plan.depth:
-            newest = state.pool.after(draft[-1] if draft else state.text[-1])
-            if not newest:
+            more = self._continuation(state.pool, [*state.text[-self.ngram :], *draft])
+            if not more:
                 break
-            draft += newest[0]
-        draft = [*draft, *state.tail[len(draft) :]][: plan.depth]
+            draft += more
+        draft = [*draft, *state.tail[len(draft) :]]
+        if len(draft) < plan.depth:  # Jacobi iterations begin anywhere, and go on from there
+            at = mix(len(state.text)) % len(state.text)
+            draft += [state.text[(at + i) % len(state.text)] for i in range(plan.depth - len(draft))]
+        draft = draft[: plan.depth]
         ends = [i for i, token in enumerate(draft) if token in state.eos_ids]
         return TokenTree.chain(draft[: ends[0] + 1] if ends else draft)
+
+    def _continuation(self, pool: Pool, text: Sequence[int]) -> tuple[int, ...]:
+        """What follows in the n-gram that begins with the longest end of the text; of several the newest."""
+        for matched in range(min(self.ngram - 1, len(text)), 0, -1):
+            end = tuple(text[len(text) - matched + 1 :])
+            for rest in pool.after(text[-matched]):
+                if rest[: matched - 1] == end:
+                    return rest[matched - 1 :]
+        return ()
 
     def _tree(self, state: LookaheadState, plan: Plan) -> TokenTree:
         trie = Trie(plan.depth, plan.num_nodes)
