@@ -1,4 +1,4 @@
-"""What the machine allows: its read bandwidth, and the bytes that one decoding step must read."""
+"""The machine: its read bandwidth and the bytes that one decoding step must read; the memory that was used."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ import torch
 
 from specdec.bench.timing import synchronize
 
-# Far beyond any cache, so that every pass reads memory.
+# Far beyond any cache, so that every pass reads memory; on a GPU long beside the start of a kernel, too.
 BUFFER_BYTES = 256 << 20
+_GPU_BUFFER_BYTES = 4 << 30
 _PASSES = 4
 
 
 class ReadProbe:
-    """Sums a 256 MiB float32 buffer, with as many threads as torch has.
+    """Sums a float32 buffer of 256 MiB (4 GiB on a GPU), with as many threads as torch has.
 
     The best pass counts: nothing reads faster than the machine can, and much may read slower.
     """
 
-    describes = f"torch.sum over {BUFFER_BYTES >> 20} MiB of float32, the best pass"
-
-    def __init__(self, device: Any = "cpu", num_bytes: int = BUFFER_BYTES):
+    def __init__(self, device: Any = "cpu", num_bytes: int | None = None):
         self.device = torch.device(device)
+        num_bytes = self.size(self.device) if num_bytes is None else num_bytes
         self.buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device=self.device)
+
+    @staticmethod
+    def size(device: torch.device) -> int:
+        """Bytes that are read."""
+        return _GPU_BUFFER_BYTES if device.type == "cuda" else BUFFER_BYTES
+
+    @classmethod
+    def describe(cls, device: torch.device) -> str:
+        return f"torch.sum over {cls.size(device) >> 20} MiB of float32, the best pass"
 
     @torch.inference_mode()
     def __call__(self) -> float:
@@ -55,3 +64,18 @@ def streamed_bytes(model: Any, length: int) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv = 2 * config.num_hidden_layers * heads * size * embedding.element_size() * length
     return sum(seen.values()) + int(kv)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes at the highest point so far: of the process, and on the accelerator if there is one."""
+    peak: dict[str, int] = {}
+    try:
+        import resource
+        import sys
+    except ImportError:  # no such module on Windows
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak

@@ -284,7 +284,7 @@ def test_assisted_baseline_needs_a_draft_model(target):
 
 
 def test_peak_memory_is_that_of_the_process(target):
-    from specdec.bench.compare import peak_memory
+    from specdec.bench.machine import peak_memory
 
     peak = peak_memory(torch.device("cpu"))
     assert "device" not in peak
