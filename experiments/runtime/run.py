@@ -1,6 +1,7 @@
 """`specdec bench` on the 134m pair in bfloat16 and float32, and on the embedded pair: one command, dated raw data.
 
     python experiments/runtime/run.py [--peer openvino] [--peer llama.cpp=build/bin] [--out FOLDER] [--quick]
+    python experiments/runtime/run.py --device cuda
 
 Each group is one run of `specdec bench`; one that has its file of the same day already is not run again, so that a run
 that was cut short goes on where it stopped (`--again` starts anew). Writes a JSON file per group and a table,
@@ -21,15 +22,17 @@ from typing import Any
 from specdec.bench.targets import judge
 
 HERE = Path(__file__).parent
-# What each runs; the last two are not part of the default.
+# What each runs. Only some are part of the default: on the CPU, and on a GPU.
 GROUPS: dict[str, list[str]] = {
     "134m-bf16": ["--preset", "134m", "--dtype", "bf16", "--prompts", "2", "--repetitions", "3", "--profile"],
     "134m-fp32": ["--preset", "134m", "--dtype", "fp32", "--prompts", "1", "--repetitions", "3", "--k", "3,4,5"],
     "embedded": ["--preset", "embedded", "--prompts", "4", "--repetitions", "3", "--drafters", "model,ngram"],
     "350m-bf16": ["--preset", "350m", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
     "1b-bf16": ["--preset", "1b", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
+    "3b-bf16": ["--preset", "3b", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
 }
 DEFAULT_GROUPS = ("134m-bf16", "134m-fp32", "embedded")
+GPU_GROUPS = ("1b-bf16", "3b-bf16")
 QUICK = ["--prompts", "1", "--repetitions", "1", "--max-new-tokens", "8", "--k", "3", "--retries", "0"]
 HEAD = ("row", "ms/token", "× our plain", "× own plain", "tokens/step", "own text", "efficiency", "clean")
 
@@ -82,8 +85,8 @@ def group_text(name: str, report: dict[str, Any]) -> str:
     )
 
 
-def write_results(folder: Path, reports: dict[str, dict[str, Any]], command: str) -> Path:
-    """`results.md`: the targets over all groups, then a table per group."""
+def write_results(folder: Path, reports: dict[str, dict[str, Any]], command: str, name: str = "results.md") -> Path:
+    """The targets over all groups, then a table per group."""
     first = next(iter(reports.values()))
     versions = ", ".join(f"{key} {value}" for key, value in first["versions"].items())
     lines = [
@@ -98,7 +101,7 @@ def write_results(folder: Path, reports: dict[str, dict[str, Any]], command: str
         + "\n"
         + "\n".join(group_text(name, report) for name, report in reports.items())
     )
-    path = folder / "results.md"
+    path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -106,7 +109,8 @@ def write_results(folder: Path, reports: dict[str, dict[str, Any]], command: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=DEFAULT_GROUPS)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, help="(default: those of the device)")
+    parser.add_argument("--device", default="cpu", help="as for specdec bench (default: cpu)")
     parser.add_argument("--peer", action="append", default=[], help="as for specdec bench; for the 134m groups")
     parser.add_argument("--threads", help="as for specdec bench; for the made pairs")
     parser.add_argument("--again", action="store_true", help="run groups that have today's file too")
@@ -114,10 +118,11 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     today, reports = datetime.date.today().isoformat(), {}
-    for name in args.groups:
-        path = args.out / f"{name}-{today}.json"
+    on_cpu = args.device == "cpu"
+    for name in args.groups or (DEFAULT_GROUPS if on_cpu else GPU_GROUPS):
+        path = args.out / f"{name}-{'' if on_cpu else 'gpu-'}{today}.json"
         if args.again or not path.is_file():
-            words = ["bench", *GROUPS[name], *(QUICK if args.quick else [])]
+            words = ["bench", *GROUPS[name], "--device", args.device, *(QUICK if args.quick else [])]
             if name.startswith("134m"):
                 words += [word for peer in args.peer for word in ("--peer", peer)]
             if args.threads and name != "embedded":
@@ -126,7 +131,9 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "specdec", *words, "--json", str(path)], check=True)
         reports[name] = json.loads(path.read_text(encoding="utf-8"))
     peers = "".join(f" --peer {peer.partition('=')[0]}{'=FOLDER' if '=' in peer else ''}" for peer in args.peer)
-    print(write_results(args.out, reports, f"python experiments/runtime/run.py{peers}").read_text(encoding="utf-8"))
+    command = f"python experiments/runtime/run.py{peers}" + ("" if on_cpu else f" --device {args.device}")
+    path = write_results(args.out, reports, command, "results.md" if on_cpu else "results-gpu.md")
+    print(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -108,12 +108,13 @@ def _warm(decoder: SpeculativeDecoder, say: Callable[[str], None], backend: str)
 
 
 def _our_rows(subject: Subject, settings: Settings, say: Callable[[str], None]) -> _Gathered:
-    """All rows on the main backend (compiled, where it is there); on others the plain loop and the policy's choice."""
+    """All rows on the main backend (cuda or compiled, where one is there); on others the plain loop and the policy's
+    choice."""
     opened, absent = rows.split_backends(settings.backends, lambda name: _decoders(subject, settings, name))
     if not opened:
         reasons = "; ".join(row.reason for row in absent)
         raise InputError(f"none of the backends {', '.join(settings.backends)} can be used: {reasons}")
-    gathered = _Gathered(absent=absent, main="compiled" if "compiled" in opened else next(iter(opened)))
+    gathered = _Gathered(absent=absent, main=next(b for b in ("cuda", "compiled", *opened) if b in opened))
     options = {"max_new_tokens": settings.max_new_tokens}
     for backend, decoders in opened.items():
         for name, decoder in decoders.items():
@@ -225,7 +226,7 @@ def machine(bench: Bench, subject: Subject) -> dict[str, Any]:
     return {
         "read_bytes_per_second": best,
         "read_bytes_per_second_median": sorted(bench.bandwidth)[len(bench.bandwidth) // 2],
-        "read_by": ReadProbe.describes,
+        "read_by": ReadProbe.describe(subject.target.device),
         "bytes_per_token": streamed,
         "backend": backend,
         "step_ms": 1e3 * steps[backend],

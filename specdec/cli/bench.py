@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from specdec.bench.benchmark import Subject
 
 EMBEDDED, DEFAULT_PRESET = "embedded", "134m"
-PRESETS = ("tiny", "134m", "350m", "1b", EMBEDDED)
+_LARGE = ("134m", "350m", "1b", "3b")
+PRESETS = ("tiny", *_LARGE, EMBEDDED)
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "fp64": "float64"}
 # Fields of single measurements: in --json, not in the line on the screen.
 _RAW = ("raw_ms_per_token", "raw_clean")
@@ -55,7 +56,10 @@ def add_parser(subparsers: Any) -> None:
         "--k", type=options.whole_numbers, default=(3, 4, 5, 6), metavar="3,4", help="constant k's to try"
     )
     what.add_argument(
-        "--backend", default="both", metavar="B", help="eager, compiled, both, or another plugin's name (default: both)"
+        "--backend",
+        default="both",
+        metavar="B",
+        help="eager, compiled (cuda on a GPU), both, or another plugin's name (default: both)",
     )
     what.add_argument(
         "--peer", action="append", default=[], metavar="NAME", help="openvino, or llama.cpp=FOLDER; repeatable"
@@ -98,7 +102,7 @@ def chosen_preset(arguments: argparse.Namespace) -> str | None:
 def chosen_dtype(arguments: argparse.Namespace, preset: str | None) -> torch.dtype | None:
     from specdec.loading import choose_dtype
 
-    if arguments.dtype is None and preset not in ("134m", "350m", "1b"):
+    if arguments.dtype is None and preset not in _LARGE:
         return None
     import torch
 
@@ -185,8 +189,10 @@ def run(arguments: argparse.Namespace) -> int:
     from specdec.bench.benchmark import Settings, benchmark
     from specdec.cli.bench_report import show
     from specdec.cli.compare import progress_bar
+    from specdec.loading import default_device
 
-    backends = ("eager", "compiled") if arguments.backend == "both" else (arguments.backend,)
+    fast = "cuda" if (options.checked_device(arguments.device) or default_device()).type == "cuda" else "compiled"
+    backends = ("eager", fast) if arguments.backend == "both" else (arguments.backend,)
     settings = Settings(
         backends=backends,
         drafters=tuple(dict.fromkeys(arguments.drafters.split(","))),

@@ -8,6 +8,9 @@ Shape suffixes: M rows of one step, K inputs, N outputs, H query heads, V key/va
 head, D key size, E value size, C slots of a cache, S parts of a row's keys.
 """
 
+# Kernels are compiled from their source by Triton, and have no types of Python's.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
 from __future__ import annotations
 
 import os

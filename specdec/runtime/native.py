@@ -49,7 +49,7 @@ class Kernels(Protocol):
 class NativeLinear(nn.Module):
     """`x @ weight.T + bias` by a kernel, on the weights of the layer that it stands in for."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels):
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels = ops):
         super().__init__()
         self.weight, self.bias = weight, bias
         self._product = kernels.linear

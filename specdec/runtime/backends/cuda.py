@@ -125,7 +125,8 @@ class _Shared:
         inputs = torch.empty(count, width, dtype=dtype, device=self.device) if width else None
         self._fill(flat, inputs, pairs)
         self.kernels.num_parts = parts
-        ends, wanted = 0, []
+        ends = 0
+        wanted: list[int] = []
         for _, step in pairs:
             ends += step.num_rows
             wanted += range(ends - step.num_logits, ends)
