@@ -22,7 +22,13 @@ from specdec.loading import EMBEDDED
 from specdec.policy import MAX_DEPTH
 from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap, restrict
 from specdec.train.objective import Batch, Losses, Objective
+from specdec.train.trainer import look
 from specdec.vocabulary import always_included, count_tokens, most_frequent
+
+# The text that projections are started from: rows, and how many of them the target reads at once.
+_ROWS, _BATCH = 64, 8
+# Of the mean square of a state's entries: keeps the least-squares map from following noise.
+_RIDGE = 1e-2
 
 
 class MedusaObjective(Objective):
@@ -106,18 +112,43 @@ class MedusaObjective(Objective):
             always = always_included(self.tokenizer, self.target)
             ids = most_frequent(counts_V, heads.shape.draft_size, always).ids_R
             heads.d2t_absolute.copy_(ids)
-            self._start_projections()
+        self._start_projections(rows)
 
     @torch.no_grad()
-    def _start_projections(self) -> None:
+    def _start_projections(self, rows: np.ndarray | None = None) -> None:
+        """The target's own rows; with text, behind the linear map that best tells a later state from an earlier one.
+
+        The target's head says what comes next, not what comes after that: the map, found by least squares, is worth
+        some hundred steps of training.
+        """
         heads = self.module
         if heads.shape.projection == "tied":
             heads.borrow(self.target)
             heads.borrowed = [layer.float() for layer in heads.borrowed]
             return
-        weight_RH, _ = output_rows(self.target, heads.d2t_absolute)
-        for layer in heads.projections:
-            layer.weight.copy_(weight_RH)  # type: ignore[operator, union-attr]
+        weight_RH = output_rows(self.target, heads.d2t_absolute)[0].float()
+        maps = None if rows is None or rows.shape[1] <= self.depth else self._maps(rows[:_ROWS])
+        for k, layer in enumerate(heads.projections):
+            started_RH = weight_RH if maps is None else (weight_RH.double() @ maps[k]).float()
+            layer.weight.copy_(started_RH)  # type: ignore[operator, union-attr]
+
+    def _maps(self, rows: np.ndarray) -> list[Tensor]:
+        """For each head the `[H, H]` that maps a state to about the one k + 1 places later; float64."""
+        device = next(self.target.parameters()).device
+        states = [
+            look(self.target, tokens_BL, tokens_BL >= 0, self.hidden).hidden[self.hidden[0]].double()
+            for tokens_BL in torch.from_numpy(rows.astype(np.int64)).to(device).split(_BATCH)
+        ]
+        maps = []
+        for k in range(self.depth):
+            early_NH, late_NH = (
+                torch.cat([s_BLH[:, part].flatten(0, 1) for s_BLH in states])
+                for part in (slice(None, -k - 1), slice(k + 1, None))
+            )
+            square_HH = early_NH.T @ early_NH
+            square_HH.diagonal().add_(_RIDGE * square_HH.diagonal().mean())
+            maps.append(torch.linalg.solve(square_HH, early_NH.T @ late_NH).T)
+        return maps
 
     def _target_rows(self, p_logits_NV: Tensor) -> tuple[Tensor, Tensor | None]:
         """The target's probabilities, within the draft vocabulary where there is one, and the mass inside."""
