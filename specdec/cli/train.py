@@ -146,12 +146,11 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _load_target(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    from accelerate import Accelerator
-
     from specdec.loading import EMBEDDED, load_model, load_tokenizer
+    from specdec.train.processes import process_group
 
     source = arguments.target or str(EMBEDDED / "target")
-    device = options.checked_device(arguments.device) or Accelerator().device
+    device = options.checked_device(arguments.device) or process_group().device
     target = load_model(
         source, device=device, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
     ).requires_grad_(False)
@@ -160,10 +159,9 @@ def _load_target(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def prepare_data(arguments: argparse.Namespace, target: Any, tokenizer: Any, err: Console) -> TrainingData:
     """The rows that the options describe; texts of the target's own are made now, by the first process."""
-    from accelerate import Accelerator
-
     from specdec.bench.prompts import read_prompts
     from specdec.train import data, selfgen, stdlib
+    from specdec.train.processes import process_group
 
     source: dict[str, Any] = {"held_out": arguments.held_out, "length": arguments.length}
     only_prompts = False
@@ -194,12 +192,15 @@ def prepare_data(arguments: argparse.Namespace, target: Any, tokenizer: Any, err
     if not only_prompts and what.text_share > 0:
         text = data.packed(documents, tokenizer, arguments.length, arguments.seed, source)
 
+    processes = process_group(target.device)
+    told_here = processes.is_main_process and not arguments.quiet
+
     def told(made: int, wanted: int) -> None:
-        if not arguments.quiet:
+        if told_here:
             err.print(f"the target wrote {made} of {wanted} texts", markup=False)
 
     # The others wait, and find the texts on the disk.
-    with Accelerator().main_process_first():
+    with processes.main_process_first():
         made = selfgen.self_generated(target, tokenizer, documents, text, what, Path(arguments.out), told)
     return replace(made, source={**source, **made.source})
 
@@ -261,9 +262,9 @@ def train(kind: str, arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     screen.quiet(arguments)
     import torch
-    from accelerate import PartialState
 
     from specdec.train.objective import create, defaults
+    from specdec.train.processes import process_group
     from specdec.train.progress import Progress
     from specdec.train.trainer import train as run_training
 
@@ -271,9 +272,9 @@ def train(kind: str, arguments: argparse.Namespace) -> int:
         if arguments.threads < 1:
             raise InputError(f"--threads is a whole number >= 1, not {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    is_first = PartialState().is_main_process
     out, err = screen.consoles()
     target, tokenizer = _load_target(arguments)
+    is_first = process_group(target.device).is_main_process
     torch.manual_seed(arguments.seed)
     found: type[Objective] = registry.find("trainer", kind)
     objective = create(found, target, tokenizer, **{name: getattr(arguments, name) for name in defaults(found)})

@@ -98,7 +98,7 @@ class DraftObjective(Objective):
         sizes = [m.get_output_embeddings().weight.shape[0] for m in (target, model)]
         if sizes[0] != sizes[1]:
             raise IncompatiblePairError(f"the target has {sizes[0]} tokens and the draft {sizes[1]}")
-        self.module = model.train()
+        self.model = self.module = model.train()
         self.depth, self.on_policy = k, on_policy
         self.loss_name = check_loss(loss)
 
@@ -154,7 +154,7 @@ class DraftObjective(Objective):
         )
         prompts = tokens_BL[rows, :start]
         self.module.eval()
-        made = self.module.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+        made = self.model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
         self.module.train()
         tokens_BL, mask_BL = tokens_BL.clone(), mask_BL.clone()
         tokens_BL[rows], mask_BL[rows] = made, True
@@ -182,6 +182,6 @@ class DraftObjective(Objective):
         return overlap_NK, agree_NK
 
     def save(self, folder: Path) -> None:
-        setattr(self.module.config, DRAFTER_KEY, "model")
-        self.module.generation_config.do_sample = False
-        self.module.save_pretrained(folder)
+        setattr(self.model.config, DRAFTER_KEY, "model")
+        self.model.generation_config.do_sample = False
+        self.model.save_pretrained(folder)

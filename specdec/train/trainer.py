@@ -16,13 +16,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from specdec.errors import InputError
 from specdec.train import checkpoint, provenance
 from specdec.train.data import Rows, Sampler, TrainingData
 from specdec.train.objective import Acceptance, Batch, Losses, Objective
+from specdec.train.processes import process_group
 from specdec.train.progress import Progress, StopSignal
 from specdec.train.settings import Report, Settings, State, build_optimizers, rate
 
@@ -46,10 +46,10 @@ class _Run:
 
     def __init__(self, objective: Objective, data: TrainingData, settings: Settings, progress: Progress):
         self.objective, self.data, self.settings, self.progress = objective, data, settings, progress
-        self.accelerator = Accelerator()
-        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         target = objective.target
         self.device = next(target.parameters()).device
+        self.accelerator = process_group(self.device)
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if target.training:
             raise InputError("the target is in training mode, where it is not itself; call target.eval() first")
         torch.manual_seed(settings.seed)
