@@ -52,9 +52,9 @@ def random_model(made: DFlashConfig, seed: int = 3) -> DFlashModel:
     return tiny_models.randomize(model, 0.1, seed).eval()
 
 
-def fitted(target: Any, text: Sequence[int], steps: int = 120, block: int = 5) -> DFlashModel:
+def fitted(target: Any, text: Sequence[int], steps: int = 120, **shape: Any) -> DFlashModel:
     """A draft that learned one text of the target's, by the library's own training: some of it is accepted."""
-    objective = DFlashObjective(target, None, config(target, block), anchors=16, loss="ce")
+    objective = DFlashObjective(target, None, config(target, **shape), anchors=16, loss="ce")
     torch.manual_seed(0)
     objective.module.initialize(0.1)
     tokens = torch.tensor([list(text)])
@@ -104,7 +104,9 @@ def says(
     """Logits `[K, V]` behind `root`; `states`: the target's hidden states `[n, H]` that the draft reads, in order."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     n = len(states[0])
-    context = [_norm(w["fc.weight"] @ torch.cat([s[i] for s in states]), w["hidden_norm.weight"], eps) for i in range(n)]
+    context = [
+        _norm(w["fc.weight"] @ torch.cat([s[i] for s in states]), w["hidden_norm.weight"], eps) for i in range(n)
+    ]
     slots = [table[root]] + [mask_vector] * (block - 1)
     for layer, (is_causal, window) in enumerate(zip(causal, windows, strict=True)):
         name = f"layers.{layer}."
@@ -136,7 +138,8 @@ def says(
             y = _norm(x, w[name + "post_attention_layernorm.weight"], eps)
             gate = w[name + "mlp.gate_proj.weight"] @ y
             after.append(
-                x + w[name + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w[name + "mlp.up_proj.weight"] @ y))
+                x
+                + w[name + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w[name + "mlp.up_proj.weight"] @ y))
             )
         slots = after
     drafting = slots if from_anchor else slots[1:]

@@ -87,6 +87,7 @@ class DFlashObjective(Objective):
         anchors: int = 32,
         gamma: float = 4.0,
         loss: str = "fkl",
+        init: DFlashModel | None = None,
     ):
         super().__init__(target, tokenizer)
         if anchors < 1 or not gamma > 0:
@@ -101,6 +102,8 @@ class DFlashObjective(Objective):
         self.table_VH: Tensor = target.get_input_embeddings().weight.detach()
         self.head: nn.Module = target.get_output_embeddings()
         self._calibrate()
+        if init is not None:
+            self.module.load_state_dict(init.state_dict())
 
     @classmethod
     def options(cls, parser: argparse.ArgumentParser) -> None:
@@ -122,6 +125,7 @@ class DFlashObjective(Objective):
             "--mask-token", type=int, metavar="ID", help="for masked slots (default: a vector of the draft's own)"
         )
         shape.add_argument("--sample-from-anchor", action="store_true", help="the root's slot drafts too")
+        shape.add_argument("--init", metavar="FOLDER", help="start from this draft, in its shape")
         how = parser.add_argument_group("distillation")
         how.add_argument("--anchors", type=int, default=32, metavar="N", help="blocks of a row (default: 32)")
         how.add_argument(
@@ -131,6 +135,12 @@ class DFlashObjective(Objective):
 
     @classmethod
     def build(cls, target: Any, tokenizer: Any, options: Mapping[str, Any]) -> DFlashObjective:
+        how = {name: options[name] for name in ("anchors", "gamma", "loss")}
+        if options["init"] is not None:
+            model, _ = files.read(Path(options["init"]))
+            if model.lm_head is not None:
+                raise InputError(f"--init {options['init']}: a draft with a vocabulary of its own is not trained here")
+            return cls(target, tokenizer, model.config, init=model, **how)
         num_layers = int(target.config.get_text_config(decoder=True).num_hidden_layers)
         if options["block"] < 2:
             raise InputError(f"--block counts the root's slot and at least one more, not {options['block']}")
@@ -142,7 +152,7 @@ class DFlashObjective(Objective):
             options["sample_from_anchor"],
             num_target_layers=num_layers,
         )
-        return cls(target, tokenizer, config, **{name: options[name] for name in ("anchors", "gamma", "loss")})
+        return cls(target, tokenizer, config, **how)
 
     @torch.no_grad()
     def _calibrate(self) -> None:
