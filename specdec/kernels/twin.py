@@ -16,6 +16,9 @@ from torch import Tensor
 
 from specdec.kernels.plan import PARTS, Layout, views
 
+# Keys and values by address, of all models: sequences of two models may share them.
+_MEMORIES: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x [..., K]` times `weight [N, K]` transposed, plus `bias [N]`. Lossless: yes."""
@@ -36,11 +39,10 @@ class TwinKernels:
         self.num_parts = PARTS
         self.linear = linear
         self.row_sum = row_sum
-        self._memories: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
     def register(self, memory: Tensor) -> None:
         """Let plans name this memory by its address."""
-        self._memories[memory.data_ptr()] = memory
+        _MEMORIES[memory.data_ptr()] = memory
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, handle: Tensor, layer: int, scale: float, softcap: float, window: int
@@ -48,7 +50,7 @@ class TwinKernels:
         num_rows, num_kv = q.shape[2], self.layout.heads[layer][0]
         plan = views(handle, num_rows)
         fields = plan.rows.tolist()
-        planes = {row[0]: self.layout.planes(self._memories[row[0]], layer) for row in fields if row[4] >= 0}
+        planes = {row[0]: self.layout.planes(_MEMORIES[row[0]], layer) for row in fields if row[4] >= 0}
         for m, (address, _, _, _, slot) in enumerate(fields):
             if slot >= 0:
                 planes[address][0][:, slot], planes[address][1][:, slot] = k[0, :, m], v[0, :, m]

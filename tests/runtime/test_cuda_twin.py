@@ -148,6 +148,24 @@ def test_forks_and_rewinds_are_independent() -> None:
     assert twin.backend.num_bytes == text.backend.num_bytes == backend.bytes_for(len(PROMPT) + len(TREE))
 
 
+def test_a_model_may_work_on_the_slots_of_another() -> None:
+    model = tiny()
+    whole, other = opened(model), opened(tiny_models.noisy(model, 0.1))
+    text = session(whole, PROMPT)
+    want = text.fork().forward(TREE).logits
+    shared = Session(other.on_slots_of(text.backend))
+    shared.append(PROMPT)
+    text.prefill()
+    wrote = text.backend._slots._memory.clone()  # type: ignore[attr-defined]
+    shared.prefill()
+    assert not torch.equal(text.backend._slots._memory, wrote)  # type: ignore[attr-defined]
+    text.rewind(0)
+    text.append(PROMPT)
+    assert torch.equal(text.forward(TREE).logits, want)
+    with pytest.raises(InputError, match="slots of another"):
+        other.on_slots_of(tiny_models.session(model).backend)
+
+
 def test_a_text_that_outgrows_its_capacity_goes_on() -> None:
     model = tiny()
     text, stock = session(opened(model), PROMPT), tiny_models.session(model, PROMPT)

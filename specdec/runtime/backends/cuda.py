@@ -160,11 +160,14 @@ def _layout(stock: EagerBackend, step: Step) -> tuple[Layout, StepResult]:
     twin = stock.fork(0)
     result = twin.forward(step)
     layers = twin.cache.layers
-    if not all(layer.is_initialized and layer.keys.shape[1] == layer.values.shape[1] for layer in layers):
+    made = [(k.keys.shape[1], k.keys.shape[3], k.values.shape[3]) if k.is_initialized else None for k in layers]
+    sizes = {heads for heads in made if heads is not None}
+    if not sizes or (None in made and len(sizes) > 1):
         raise UnsupportedModelError(
             f"{type(stock.model).__name__} has layers without keys and values of their own; use backend='eager'"
         )
-    return Layout(tuple((k.keys.shape[1], k.keys.shape[3], k.values.shape[3]) for k in layers)), result
+    # A part of a model leaves layers out; on the slots of the whole they have their place.
+    return Layout(tuple(heads or next(iter(sizes)) for heads in made)), result
 
 
 def unsupported(model: Any, kernels: str) -> str | None:
@@ -295,6 +298,12 @@ class CudaBackend(Backend):
     @torch.inference_mode()
     def fork(self, length: int) -> Self:
         return type(self)(self._shared, self._slots.fork(length) if length else None)
+
+    def on_slots_of(self, other: Backend) -> Self:
+        mine = self._shared
+        if not isinstance(other, CudaBackend) or other._shared.kernels.layout != mine.kernels.layout:
+            return super().on_slots_of(other)
+        return type(self)(mine, other._slots)
 
     @property
     def num_bytes(self) -> int:
