@@ -75,6 +75,7 @@ class SpeculativeDecoder:
         self.memory_budget = memory_budget
         self.prefixes = PrefixCache(default_bytes(capabilities.device) if prefix_cache is None else prefix_cache)
         self._check_parts(self.drafter, self.verifier, self.policy)
+        self.policy.check(target, self.drafter)
         self.backend.expose(self.drafter.hidden)
 
     def _check_parts(self, drafter: Drafter, verifier: Verifier, policy: Policy) -> Draw:

@@ -62,5 +62,9 @@ class NonFiniteLogitsError(SpecdecError, ArithmeticError):
         self.text = text
 
 
+class PolicyWarning(UserWarning):
+    """A policy was made for other models or another machine."""
+
+
 class BackendWarning(UserWarning):
     """A backend could not be used as asked; the stock step does the work."""

@@ -9,13 +9,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from specdec.costs import Costs
 from specdec.errors import InputError
 from specdec.tree import structure
 
 if TYPE_CHECKING:
+    from specdec.drafter import Drafter
     from specdec.goodput import Load
 
 MAX_DEPTH = 64
@@ -132,6 +133,10 @@ class Policy(ABC):
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    def check(self, target: Any, drafter: Drafter) -> None:
+        """Warn when the policy was made for another pair or machine than this one."""
+        return None
 
     @abstractmethod
     def start(self) -> PolicyRun: ...

@@ -76,6 +76,11 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--k", type=int, metavar="N", help="drafted tokens per round; means fixed(N) without --policy")
     group.add_argument("--tree", type=whole_numbers, metavar="4,2,1", help="children per depth, for the fixed policy")
     group.add_argument("--threshold", type=float, metavar="P", help="stop drafting below it; the confidence policy")
+    group.add_argument("--tree-plan", metavar="FILE", help="a tree that `specdec tree` fitted")
+    group.add_argument(
+        "--policy-option", metavar="KEY=VALUE", type=key_value, action="append", default=[],
+        help="an option of the policy, such as budget=24; repeatable",
+    )  # fmt: skip
     group.add_argument("--exact", action="store_true", help="re-decide doubtful positions at width 1 (half precision)")
     group.add_argument("--allow-lossy", action="store_true", help="admit rules that change the distribution")
 
@@ -118,10 +123,17 @@ def build_policy(arguments: argparse.Namespace) -> Policy:
         options["k"] = arguments.k
     if arguments.threshold is not None:
         options["threshold"] = arguments.threshold
+    if arguments.tree_plan is not None:
+        options["plan_file"] = arguments.tree_plan
     name = arguments.policy
-    if name is None:
+    if name is None and arguments.tree_plan is not None:
+        name = "fitted-tree"
+    elif name is None:
         name = "confidence" if arguments.threshold is not None else "fixed" if options else "throughput"
-    given = [flag for flag in ("k", "tree", "threshold") if getattr(arguments, flag) is not None]
+    options.update(arguments.policy_option)
+    flags = ("k", "tree", "threshold", "tree_plan")
+    given = [flag.replace("_", "-") for flag in flags if getattr(arguments, flag) is not None]
+    given += [f"policy-option {key}" for key, _ in arguments.policy_option]
     try:
         policy: Policy = registry.create("policy", name, **options)
     except TypeError as error:

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.errors import BackendWarning, DrafterWarning, InputError
+from specdec.errors import BackendWarning, DrafterWarning, InputError, PolicyWarning
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def quiet(arguments: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    for ours in (BackendWarning, DrafterWarning):
+    for ours in (BackendWarning, DrafterWarning, PolicyWarning):
         warnings.simplefilter("always", ours)
 
     def show(message: Warning | str, *_: Any) -> None:
