@@ -306,8 +306,8 @@ def _export_original(heads: MedusaHeads, projections: list[Tensor], base: str, f
         tensors[f"{head}.{layer}.linear.{part}"] = tensor
         if not shape.bias:
             tensors[f"{head}.{layer}.linear.bias"] = tensor.new_zeros(shape.hidden_size)
-    for head in range(shape.num_heads):
-        tensors[f"{head}.{shape.num_layers}.weight"] = projections[head if len(projections) > 1 else 0]
+    for k in range(shape.num_heads):
+        tensors[f"{k}.{shape.num_layers}.weight"] = projections[k if len(projections) > 1 else 0]
     config = {
         "medusa_num_heads": shape.num_heads,
         "medusa_num_layers": shape.num_layers,
@@ -322,7 +322,7 @@ def _export_vllm(heads: MedusaHeads, projections: list[Tensor], base: str, folde
     for name, tensor in heads.blocks.state_dict().items():
         head, layer, part = name.split(".")
         tensors[f"blocks.{head}.layers.{layer}.{part}"] = tensor
-    tensors.update({f"lm_heads.{head}.weight": weight for head, weight in enumerate(projections)})
+    tensors.update({f"lm_heads.{k}.weight": weight for k, weight in enumerate(projections)})
     if heads.d2t_absolute is not None:
         tensors["token_map"] = heads.d2t_absolute
     config = {

@@ -108,7 +108,7 @@ class MedusaObjective(Objective):
     def begin(self, rows: np.ndarray) -> None:
         heads = self.module
         if heads.d2t_absolute is not None:
-            counts_V = count_tokens([rows.reshape(-1)], heads.shape.vocab_size)
+            counts_V = count_tokens([rows.reshape(-1)], heads.shape.vocab_size)  # type: ignore[list-item]
             always = always_included(self.tokenizer, self.target)
             ids = most_frequent(counts_V, heads.shape.draft_size, always).ids_R
             heads.d2t_absolute.copy_(ids)
