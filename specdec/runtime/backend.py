@@ -100,6 +100,11 @@ class Backend(ABC):
     def open(cls, model: Any, **options: Any) -> Self:
         """Wrap a loaded model. Raises `UnsupportedModelError` when its state cannot be rewound."""
 
+    @classmethod
+    def open_draft(cls, model: Any) -> Self:
+        """`open` for a model that only drafts: its bits do not matter, so that nothing is done for their sake."""
+        return cls.open(model)
+
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities: ...

@@ -112,13 +112,13 @@ class SharingBackend(Backend):
 
 
 class BesideBackend(SharingBackend):
-    """A target as it is, and another model of the same shape that drafts on its slots.
+    """A target as it is, and another model of the same shape that drafts on its slots. `label`: which.
 
     Lossless: as the target's own backend.
     """
 
-    def __init__(self, target: Backend, draft: Backend):
-        self.target, self._draft = target, draft.on_slots_of(target)
+    def __init__(self, target: Backend, draft: Backend, label: str):
+        self.target, self._draft, self.label = target, draft.on_slots_of(target), label
 
     @classmethod
     def open(cls, model: Any, **options: Any) -> Self:
@@ -159,7 +159,8 @@ class BesideBackend(SharingBackend):
         self.target.gather(slots, start)
 
     def fork(self, length: int) -> Self:
-        return type(self)(self.target.fork(length), self.draft).join_family(self)
+        draft = self.draft if length else self.draft.fork(0)
+        return type(self)(self.target.fork(length), draft, self.label).join_family(self)
 
     @property
     def num_bytes(self) -> int:

@@ -14,16 +14,21 @@ import pytest
 import tiny_dflash
 import tiny_eagle
 import tiny_models
+import tiny_pairs
 import torch
 from specdec.drafters import (
     EagleDrafter,
+    EarlyExitDrafter,
+    HybridDrafter,
     LookaheadDrafter,
     MedusaDrafter,
     ModelDrafter,
     NgramDrafter,
     NoDrafter,
+    SelfQuantDrafter,
     SuffixDrafter,
 )
+from specdec.drafters.cross_vocab import CommonTokens, Translation
 from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
 
 import specdec
@@ -32,7 +37,7 @@ from specdec.drafter import Drafter
 from specdec.formats.medusa_heads import HeadShape, MedusaHeads
 from specdec.generation import Stream
 from specdec.policy import Confidence, Fixed, Heuristic, Policy, Throughput
-from specdec.tree_policy import DynamicTree, StaticTree
+from specdec.tree_policy import AdaptiveTree, DynamicTree, StaticTree
 from specdec.verifier import Verifier
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
@@ -66,14 +71,28 @@ def eagle_head() -> torch.nn.Module:
     return tiny_eagle.fitted(target(), PROMPT + tiny_models.reference(target(), PROMPT, 40))
 
 
+@cache
+def translation() -> Translation:
+    return Translation(*tiny_pairs.tokenizers())
+
+
+@cache
+def renumbered_draft() -> torch.nn.Module:
+    return tiny_pairs.draft_of(target(), NOISE, translation().same)
+
+
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
+    "cross_vocab": lambda: CommonTokens(renumbered_draft(), translation()),
     "eagle": lambda: EagleDrafter(eagle_head()),
+    "early_exit": EarlyExitDrafter,
+    "hybrid": lambda: HybridDrafter(NgramDrafter(), ModelDrafter(partial_draft()), probe_every=5),
     "lookahead": lambda: LookaheadDrafter(window=3, ngram=3, guesses=3),
     "medusa": lambda: MedusaDrafter(target(), medusa_heads()),
     "model": lambda: ModelDrafter(partial_draft()),
     "ngram": NgramDrafter,
     "none": NoDrafter,
     "parallel": lambda: tiny_dflash.drafter(target(), partial_block_draft()),
+    "self_quant": SelfQuantDrafter,
     "suffix": SuffixDrafter,
 }
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -82,6 +101,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "tree": lambda: Fixed(3, (3, 2)),
     "shape": lambda: StaticTree((-1, -1, 0, 0, 1, 2, 2, 5)),
     "dynamic-tree": lambda: DynamicTree(budget=8, k=4, width=3),
+    "adaptive-tree": lambda: AdaptiveTree(budget=12, k=4, width=3, probe_every=4),
     "confidence": lambda: Confidence(0.5, k=6),
     "heuristic": lambda: Heuristic(3, limit=6),
     "throughput": lambda: Throughput(k=3, limit=6, probe_every=4),
