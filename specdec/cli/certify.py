@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from specdec import registry
 from specdec.errors import InputError
-from specdec.oracle import Result, applicable, certify
+from specdec.oracle import Cell, Result, applicable, certify, compare_trees
 from specdec.verifier import Verifier
 
 DEFAULT_PAIRS = 4
@@ -76,8 +77,12 @@ def run(args: argparse.Namespace) -> int:
     passed = all(result.passed for result in results)
     console.print(_table(results))
     console.print(_summary(results, args.pairs))
+    trees = compare_trees(verifiers, args.pairs) if args.verifier is None else {}
+    if trees:
+        console.print(_tree_table(trees))
     if args.json is not None:
-        content = {"results": [result.to_json() for result in results], "passed": passed}
+        content: dict[str, Any] = {"results": [result.to_json() for result in results], "passed": passed}
+        content["trees"] = {shape: {name: asdict(cell) for name, cell in row.items()} for shape, row in trees.items()}
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0 if passed else 1
 
@@ -124,6 +129,22 @@ def _table(results: list[Result]) -> Table:
             _verdict(result),
         )
         previous = result.verifier
+    return table
+
+
+def _tree_table(trees: dict[str, dict[str, Cell]]) -> Table:
+    """Rules side by side on the same shapes and pairs."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="the same drafts' shapes under each rule: tokens per round (coupled: sampled, ± standard error)",
+        title_justify="left",
+    )
+    table.add_column("shape", no_wrap=True)
+    for name in next(iter(trees.values())):
+        table.add_column(name, justify="right", no_wrap=True)
+    for shape, row in trees.items():
+        cells = (f"{c.tokens:.3f}" + (f" ±{c.error:.3f}" if c.error else "") for c in row.values())
+        table.add_row(shape, *cells)
     return table
 
 

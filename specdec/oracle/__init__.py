@@ -2,12 +2,14 @@
 
 from specdec.oracle.certificate import TOLERANCE, Measurement, Result, applicable, certify, complete, measure
 from specdec.oracle.chance import EnumeratedChance, OracleError, enumerate_outcomes
+from specdec.oracle.comparison import Cell, compare_trees
 from specdec.oracle.laws import LAWS, Law, ModelLaw
 from specdec.oracle.toy import Toy, ToySession
 
 __all__ = [
     "LAWS",
     "TOLERANCE",
+    "Cell",
     "EnumeratedChance",
     "Law",
     "Measurement",
@@ -18,6 +20,7 @@ __all__ = [
     "ToySession",
     "applicable",
     "certify",
+    "compare_trees",
     "complete",
     "enumerate_outcomes",
     "measure",

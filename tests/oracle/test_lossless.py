@@ -38,7 +38,12 @@ def test_every_rule_meets_every_kind_of_drafting_it_takes() -> None:
     """A law that is lost from the list, or a rule that quietly takes nothing, would make `test_exact` pass."""
     taken = {name: {law.name for law in applicable(verifier)} for name, verifier in VERIFIERS.items()}
     assert taken["coupled"] == taken["match"] == taken["typical"] == set(LAW)
-    assert taken["recursive"] == taken["traversal"] == taken["greedy-multi"] == {law.name for law in LAWS if not law.shares_noise}
+    assert (
+        taken["recursive"]
+        == taken["traversal"]
+        == taken["greedy-multi"]
+        == {law.name for law in LAWS if not law.shares_noise}
+    )
     assert taken["ratio"] == taken["block"] == {"no draft", *(law.name for law in CHAINS)}
     assert taken["greedy"] == {"no draft", *(name for name, law in LAW.items() if law.greedy)}
 
