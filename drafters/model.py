@@ -45,7 +45,7 @@ class ModelDrafter(ModelRunner):
     `vocabulary`: the only tokens that are drafted, as a `DraftVocabulary`, ids (int64), or a file of `specdec vocab`;
     end-of-text is always among them. The output head is cut to their rows on a shallow copy of the model, which makes
     a step cheaper by what the other rows cost; a target token outside it is always a rejection. (FR-Spec: Zhao et al.,
-    arXiv 2502.14856.) By name there is also `vocabulary=N`, the most frequent tokens of the text `vocabulary_data=FILE`.
+    arXiv 2502.14856.) By name also `vocabulary=N`, the most frequent tokens of the text `vocabulary_data=FILE`.
 
     Lossless: yes, with every lossless verifier. (Leviathan et al., arXiv 2211.17192.)
     """

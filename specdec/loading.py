@@ -91,7 +91,7 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         return None
 
 
-def check_same_tokenizer(target: Any, draft: Any) -> None:
+def check_same_tokenizer(target: Any, draft: Any, source: str = "org/model") -> None:
     """Raise `IncompatiblePairError` unless both tokenizers give the same ids; sizes may differ by padding."""
     if target is None or draft is None:
         return
@@ -106,7 +106,9 @@ def check_same_tokenizer(target: Any, draft: Any) -> None:
     example = f" (for example {differing[0]!r})" if differing else ""
     raise IncompatiblePairError(
         f"target and draft have different tokenizers{example}: a drafted id would mean another text. "
-        "Choose a draft of the same family, or a drafter without weights: drafter='ngram' or 'suffix'"
+        "Choose a draft of the same family; or let this one draft across vocabularies: drafter='cross_vocab' with "
+        f"drafter_options={{'draft': {source!r}}} (--drafter cross_vocab --drafter-option draft={source}); or a "
+        "drafter without weights: drafter='ngram' or 'suffix'"
     )
 
 
@@ -154,6 +156,6 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
         registry.find("drafter", name)  # raises, with the nearest names
         raise AssertionError("unreachable")
     if source is not None:
-        check_same_tokenizer(context.tokenizer, load_tokenizer(source))
+        check_same_tokenizer(context.tokenizer, load_tokenizer(source), source)
     built: Drafter = plugin.build(replace(context, source=source), **options)
     return built

@@ -55,8 +55,8 @@ class DraftVocabulary:
         """Raise `InputError` for ids that a vocabulary of this size does not have."""
         if int(self.ids_R[-1]) >= vocab_size:
             raise InputError(
-                f"the draft vocabulary has the token {int(self.ids_R[-1])}, and {whose} has {vocab_size} tokens: it was "
-                "made for another tokenizer; make one with specdec vocab --target"
+                f"the draft vocabulary has the token {int(self.ids_R[-1])}, and {whose} has {vocab_size} tokens: it "
+                "was made for another tokenizer; make one with specdec vocab --target"
             )
 
     def coverage(self, counts_V: Tensor) -> float:

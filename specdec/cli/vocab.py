@@ -84,7 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
     for size in _sizes(arguments.size, len(always), vocab_size):
         made = most_frequent(counts, size, always)
         rows.append(
-            {"size": size, "share": size / vocab_size, "text": made.coverage(counts), "held_out": made.coverage(held_out)}
+            {
+                "size": size,
+                "share": size / vocab_size,
+                "text": made.coverage(counts),
+                "held_out": made.coverage(held_out),
+            }
         )
         marker = " ←" if size == arguments.size else ""
         table.add_row(*(f"{rows[-1][k]:.2%}" if k != "size" else f"{size}{marker}" for k in rows[-1]))
