@@ -151,7 +151,8 @@ def _share(position, length, WINDOW: tl.constexpr, BS: tl.constexpr, PARTS_MAX: 
     return first, begin, end, each
 
 
-@triton.jit
+# One program for all steps: nothing is compiled anew for the strides of some number of rows, or for launched parts.
+@triton.jit(do_not_specialize=["T", "q_head", "q_row", "num_parts"])
 def _attend_part(
     q, rows, tail, positions, mixed, top, total, offset, T, q_head, q_row, num_parts,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
@@ -213,7 +214,7 @@ def _attend_part(
         tl.store(mixed + at[:, None] * E + e[None, :], acc, mask=(g < G)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _attend_merge(
     out, rows, positions, mixed, top, total, num_parts,
     WINDOW: tl.constexpr, H: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr, F: tl.constexpr,

@@ -6,7 +6,10 @@ Bit for bit means: against the same kernel with other rows beside. Values are co
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -243,6 +246,57 @@ def test_large_logits_do_not_overflow(kernels: ModuleType) -> None:
     row = [t[:, 99:] for t in (q, k, v)]
     out = texts.step([(slots, step_of(99, 99, chain(99, 1)))], *row, width=1)
     assert (out.double() - expected(shape, row[0], k, v, torch.ones(1, 100, dtype=torch.bool))).abs().max() < 2e-3
+
+
+_COMPILE = """
+import triton.language as tl, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from specdec.kernels import triton_ops as ops
+
+
+def compiled(kernel, kinds, fixed, **options):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in fixed else kinds.get(n, "i32") for n in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in fixed.items()})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+
+
+bn, bk, warps = ops._linear_tile(2048, 2048, 2)
+linear = compiled(
+    ops._linear, dict.fromkeys(["x", "w", "bias", "y"], "*bf16"),
+    dict(BIAS=False, EVEN=True, WIDE=False, ACC=tl.float32, BM=16, BN=bn, BK=bk), num_warps=warps, num_stages=4,
+)
+plan = dict.fromkeys(["rows", "tail", "positions"], "*i64")
+partial = dict.fromkeys(["mixed", "top", "total"], "*fp32")
+attend = compiled(
+    ops._attend_part, dict(plan, **partial, q="*bf16"),
+    dict(SCALE=0.1, SOFTCAP=30.0, WINDOW=512, V=2, G=4, D=64, E=64, BG=16, BD=64, BE=64, BS=64, F=5, PARTS_MAX=32,
+         ACC=tl.float32, WIDE=False), num_warps=4, num_stages=2,
+)
+merge = compiled(
+    ops._attend_merge, dict(plan, **partial, out="*bf16"),
+    dict(WINDOW=512, H=8, E=64, BE=64, BS=64, F=5, PARTS_MAX=32, ACC=tl.float32), num_warps=1,
+)
+store = compiled(
+    ops._store, dict(plan, k="*bf16", v="*bf16"), dict(V=2, D=64, E=64, BD=64, BE=64, F=5), num_warps=1
+)
+print(all("cubin" in asm for asm in (linear, attend, merge, store)), *("mma" in asm["ptx"] for asm in (linear, attend)))
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    """To machine code of compute capability 9.0, on tensor cores: the interpreter runs what no compiler takes, too."""
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install triton, on Linux")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", _COMPILE],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split() == ["True"] * 3, run.stderr[-2000:]
 
 
 def test_a_plan_names_each_row_once() -> None:

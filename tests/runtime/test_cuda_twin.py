@@ -65,6 +65,15 @@ def test_every_architecture_gives_the_rows_of_the_stock_step(name: str) -> None:
     assert mine.tokens == stock.tokens
 
 
+def test_the_backend_runs_on_the_interpreted_kernels() -> None:
+    if torch.cuda.is_available() or find_spec("triton") is None:
+        pytest.skip("for a machine with triton and without a GPU")
+    model = tiny(num_hidden_layers=1)
+    mine, stock = Session(CudaBackend.open(model, kernels="triton")), tiny_models.session(model, PROMPT)
+    mine.append(PROMPT)
+    assert torch.allclose(mine.forward(TREE).logits, stock.forward(TREE).logits, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_a_row_has_the_same_bits_at_every_width(name: str, dtype: torch.dtype) -> None:
