@@ -187,3 +187,16 @@ def test_a_folder_says_which_drafter_it_is(site: Path, tmp_path: Path) -> None:
     model = tiny_models.tiny("gpt-neox")
     decoder = specdec.SpeculativeDecoder(model, drafter=str(tmp_path))
     assert type(decoder.drafter).__module__ == NAME
+
+
+def test_every_drafter_can_be_imported_by_its_class() -> None:
+    """They are read one by one: a name that is listed and a name that is found must be the same set."""
+    import specdec.drafters as drafters
+
+    found = {point.value.partition(":")[2] for point in registry.available("drafter").values()}
+    built_in = {name for name in found if hasattr(drafters, name)}
+    assert set(drafters.__all__) == set(drafters._FILES) == built_in
+    for name in drafters.__all__:
+        assert getattr(drafters, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no 'Nobody'"):
+        drafters.Nobody  # noqa: B018
