@@ -13,17 +13,19 @@ import platform
 from pathlib import Path
 
 import data
+import numpy as np
 import torch
 import transformers
-from distill_draft import greedy_agreement
 from train_target import held_out_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import specdec
+from specdec.train import provenance, stdlib
 
 PACKAGE = Path(__file__).parents[2] / "specdec"
 PAIR = PACKAGE / "pair"
 LIMIT = 45_000_000  # bytes of all bundled weights
+PROMPT = 64
 
 
 def export(source: Path, name: str) -> int:
@@ -55,11 +57,23 @@ def valid_share(prompt: str, continuation: str) -> tuple[int, int]:
     return max(0, good - known), total
 
 
+@torch.no_grad()
+def greedy_agreement(target: LlamaForCausalLM, draft: LlamaForCausalLM, tokens: np.ndarray, count: int = 32) -> float:
+    """Share of positions of the target's greedy continuations of held-out prompts where the draft's argmax agrees."""
+    starts = np.linspace(0, len(tokens) - PROMPT - 1, count).astype(int)
+    prompts = torch.from_numpy(np.stack([tokens[s : s + PROMPT] for s in starts]).astype(np.int64))
+    text = target.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=128, min_new_tokens=128, do_sample=False
+    )
+    agree = draft(text).logits.argmax(-1)[:, PROMPT - 1 : -1] == text[:, PROMPT:]
+    return float(agree.float().mean())
+
+
 def measure(prompts: list[dict[str, str]]) -> dict[str, object]:
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
     target = AutoModelForCausalLM.from_pretrained(PAIR / "target", dtype=torch.float32).eval()
     draft = AutoModelForCausalLM.from_pretrained(PAIR / "draft", dtype=torch.float32).eval()
-    held = data.encode_split(tokenizer, True)
+    held = data.rows(tokenizer, 512).held_out
     samples, parsed, total = [], 0, 0
     decoder = specdec.SpeculativeDecoder(target, tokenizer=tokenizer)
     for row in prompts:
@@ -72,7 +86,7 @@ def measure(prompts: list[dict[str, str]]) -> dict[str, object]:
         samples.append({"id": row["id"], "prompt": row["text"], "text": drawn.text})
     return {
         "loss": {"target": held_out_loss(target, held), "draft": held_out_loss(draft, held)},
-        "agreement": greedy_agreement(target, draft, held),
+        "agreement": greedy_agreement(target, draft, held.tokens_RL.reshape(-1)),
         "parsed": parsed / total,
         "samples": samples,
         "parameters": {"target": target.num_parameters(), "draft": draft.num_parameters()},
@@ -119,20 +133,21 @@ def main() -> None:
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--draft", type=Path, required=True)
     args = parser.parse_args()
-    sizes = {name: export(path / "model", name) for name, path in (("target", args.target), ("draft", args.draft))}
+    sources = {"target": args.target / "model", "draft": args.draft}
+    sizes = {name: export(path, name) for name, path in sources.items()}
     assert sum(sizes.values()) <= LIMIT, sizes
     lines = (PACKAGE / "bench" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     facts = measure([json.loads(line) for line in lines])
-    states = {n: json.loads((p / "state.json").read_text()) for n, p in (("t", args.target), ("d", args.draft))}
+    records = {name: provenance.read(path) for name, path in sources.items()}
     configs = [AutoModelForCausalLM.from_pretrained(PAIR / name).config for name in ("target", "draft")]
     chosen = [s for s in facts["samples"] if s["id"].startswith("written/")][:5:2]
     shown = "\n".join(f"```python\n{s['prompt']}▸{s['text'].rstrip()}\n```\n" for s in chosen)
     card = CARD.format(
         t=configs[0], d=configs[1], tp=facts["parameters"]["target"], dp=facts["parameters"]["draft"],
         tb=sizes["target"] / 1e6, db=sizes["draft"] / 1e6, tl=facts["loss"]["target"], dl=facts["loss"]["draft"],
-        tt=states["t"]["tokens"] / 1e6, dt=states["d"]["tokens"] / 1e6, agreement=facts["agreement"],
-        parsed=facts["parsed"], python=platform.python_version(), percent=data.HELD_OUT_PERCENT,
-        vocab=data.VOCAB_SIZE, digest=states["t"]["digest"], context=configs[0].max_position_embeddings,
+        tt=records["target"]["tokens"] / 1e6, dt=records["draft"]["tokens_seen"] / 1e6, agreement=facts["agreement"],
+        parsed=facts["parsed"], python=platform.python_version(), percent=stdlib.HELD_OUT_PERCENT,
+        vocab=data.VOCAB_SIZE, digest=records["target"]["data"][:16], context=configs[0].max_position_embeddings,
         date=datetime.date.today().isoformat(), torch=torch.__version__, transformers=transformers.__version__,
         samples=shown,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
     python experiments/embedded_pair/make_prompts.py
 
-Held-out files are never trained on (see `data.is_held_out`); the hand-written prompts stand here and nowhere else.
+Held-out files are never trained on (see `specdec.train.stdlib`); the hand-written prompts stand here and nowhere else.
 """
 
 # ruff: noqa: E501  (prompts read better unbroken)
@@ -10,10 +10,9 @@ Held-out files are never trained on (see `data.is_held_out`); the hand-written p
 from __future__ import annotations
 
 import json
-import sysconfig
 from pathlib import Path
 
-import data
+from specdec.train import stdlib
 
 OUT = Path(__file__).parents[2] / "specdec" / "bench" / "prompts.jsonl"
 
@@ -83,10 +82,10 @@ def without_break(text: str) -> str:
 
 
 def main() -> None:
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = stdlib.root()
     rows = []
     for category, name, first, count in HELD_OUT:
-        assert data.is_held_out(root / name), name
+        assert stdlib.is_held_out(name), name
         rows.append(
             {
                 "id": f"stdlib/{name}:{first.split('(')[0].split()[-1].rstrip(':')}",

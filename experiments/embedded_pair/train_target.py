@@ -20,14 +20,21 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specdec.train import checkpoint, provenance
+from specdec.train.data import Rows, Sampler
+
 MUON_LR, ADAMW_LR = 5e-3, 3e-3
 WARMUP, DECAY = 0.02, 0.35  # shares of the budget
 
 
-def llama(**shape: int) -> LlamaConfig:
-    """What target and draft have in common, and a shape."""
+def target_config() -> LlamaConfig:
     return LlamaConfig(
         vocab_size=data.VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -35,17 +42,6 @@ def llama(**shape: int) -> LlamaConfig:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
-        **shape,
-    )
-
-
-def target_config() -> LlamaConfig:
-    return llama(
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=18,
-        num_attention_heads=4,
-        num_key_value_heads=2,
     )
 
 
@@ -74,43 +70,18 @@ def set_rates(opts: list[torch.optim.Optimizer], base: list[list[float]], share:
             group["lr"] = lr * share
 
 
-class Batches:
-    """Random windows, drawn without replacement within a pass; the state is (pass, position)."""
-
-    def __init__(self, tokens: np.ndarray, length: int, seed: int, aligned: bool = False):
-        self.tokens, self.length, self.seed, self.aligned = tokens, length, seed, aligned
-        self.epoch, self.at = 0, 0
-        self._shuffle()
-
-    def _shuffle(self) -> None:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        offset = 0 if self.aligned else int(rng.integers(self.length))
-        starts = np.arange(offset, len(self.tokens) - self.length + 1, self.length)
-        self.order = rng.permutation(starts)
-
-    def restore(self, epoch: int, at: int) -> None:
-        self.epoch, self.at = epoch, at
-        self._shuffle()
-
-    def draw(self, size: int) -> torch.Tensor:
-        if self.at + size > len(self.order):
-            self.restore(self.epoch + 1, 0)
-        rows = [self.tokens[s : s + self.length] for s in self.order[self.at : self.at + size]]
-        self.at += size
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, tokens: np.ndarray, length: int = 512, windows: int = 64) -> float:
+def held_out_loss(model: torch.nn.Module, held_out: Rows, count: int = 64) -> float:
+    """Nats per token, on rows spread over all that there are."""
     model.eval()
-    starts = np.linspace(0, len(tokens) - length - 1, windows).astype(int)
+    index = np.unique(np.linspace(0, len(held_out) - 1, count).astype(int))
     total = 0.0
-    for chunk in np.array_split(starts, max(1, windows // 8)):
-        batch = torch.from_numpy(np.stack([tokens[s : s + length] for s in chunk]).astype(np.int64))
+    for chunk in np.array_split(index, max(1, len(index) // 8)):
+        batch, _ = held_out.take(chunk).tensors()
         with torch.autocast("cpu", torch.bfloat16):
             total += float(model(input_ids=batch, labels=batch).loss) * len(chunk)
     model.train()
-    return total / windows
+    return total / len(index)
 
 
 def main() -> None:
@@ -132,38 +103,36 @@ def main() -> None:
 
     tokenizer = data.train_tokenizer()
     tokenizer.save_pretrained(args.out / "model")
-    train, held = data.encode_split(tokenizer, False), data.encode_split(tokenizer, True)
+    text = {length: data.rows(tokenizer, length) for length in (args.length, 2 * args.length)}
     accelerator = Accelerator(mixed_precision="bf16")
     model = LlamaForCausalLM(target_config())
     if args.init:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).state_dict())
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} tokens", flush=True)
+    num_tokens = text[args.length].train.tokens_RL.size
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {num_tokens:,} tokens", flush=True)
     opts = optimizers(model)
-    batches = Batches(train, args.length, args.seed)
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "digest": data.digest(train)}
-    checkpoint = args.out / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for opt, value in zip(opts, saved["opts"], strict=True):
-            opt.load_state_dict(value)
-        state = saved["state"]
-        batches = Batches(train, state["length"], args.seed + (state["length"] != args.length))
-        batches.restore(state["epoch"], state["at"])
+    base = [[g["lr"] for g in opt.param_groups] for opt in opts]
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "length": args.length, "epoch": 0, "at": 0}
+    identity = {"data": text[args.length].digest, "length": args.length, "batch": args.batch, "seed": args.seed}
+    store, found = checkpoint.Store(args.out, accelerator), checkpoint.latest(args.out)
+    if found is not None:
+        checkpoint.check_identity(found, identity)
+        state = store.read(found, model, opts)[0]["state"]
         print("resumed", state, flush=True)
-    model = accelerator.prepare_model(model)
-    if args.compile:
-        model = torch.compile(model)
-    base = [[g["lr"] for g in opt.param_groups] for opt in optimizers(accelerator.unwrap_model(model))]
+
+    def sampler() -> Sampler:
+        made = Sampler(len(text[state["length"]].train), args.seed + (state["length"] != args.length))
+        made.restore(state["epoch"], state["at"])
+        return made
+
+    order = sampler()
+    trained = torch.compile(model) if args.compile else model
 
     def save() -> None:
-        bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-        state.update(epoch=batches.epoch, at=batches.at, length=batches.length)
-        payload = {"model": bare.state_dict(), "opts": [o.state_dict() for o in opts], "state": dict(state)}
-        torch.save(payload, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-        bare.save_pretrained(args.out / "model")
-        (args.out / "state.json").write_text(json.dumps(state))
+        state.update(epoch=order.epoch, at=order.at)
+        store.write(state["step"], {"identity": identity, "state": state}, model, opts, None)
+        model.save_pretrained(args.out / "model")
+        provenance.write(args.out / "model", {"kind": "target", **identity, **state})
 
     model.train()
     last_save, last_eval = time.time(), time.time()
@@ -173,13 +142,15 @@ def main() -> None:
         if progress >= 1:
             break
         set_rates(opts, base, args.rate * rate(progress))
-        if progress > 1 - args.long and batches.length == args.length:
-            batches = Batches(train, 2 * args.length, args.seed + 1)
+        if progress > 1 - args.long and state["length"] == args.length:
+            state.update(length=2 * args.length, epoch=0, at=0)
+            order = sampler()
         loss_sum = 0.0
         for _ in range(args.accumulate):
-            batch = batches.draw(args.batch * args.length // batches.length).to(accelerator.device)
+            index = order.draw(args.batch * args.length // state["length"])
+            batch, _ = text[state["length"]].train.take(index).tensors()
             with accelerator.autocast():
-                loss = model(input_ids=batch, labels=batch).loss
+                loss = trained(input_ids=batch, labels=batch).loss
             accelerator.backward(loss / args.accumulate)
             loss_sum += float(loss.detach()) / args.accumulate
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -197,12 +168,12 @@ def main() -> None:
                 flush=True,
             )
         if time.time() - last_eval > 600:
-            print(f"held-out {held_out_loss(model, held):.4f}", flush=True)
+            print(f"held-out {held_out_loss(model, text[2 * args.length].held_out):.4f}", flush=True)
             last_eval = time.time()
         if time.time() - last_save > 300:
             save()
             last_save = time.time()
-    state["held_out_loss"] = held_out_loss(model, held)
+    state["held_out_loss"] = held_out_loss(model, text[2 * args.length].held_out)
     save()
     print("done", json.dumps(state), flush=True)
 

@@ -30,7 +30,7 @@ An interrupted run goes on when the same command is given again. On several GPUs
   accelerate launch -m specdec train draft …
   torchrun --nproc-per-node 2 -m specdec train draft …
 """
-EXPORT = "export"
+EXPORT, STDLIB = "export", "stdlib"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -86,8 +86,8 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="text, or JSONL with `text` or `prompt`; repeatable (default for the embedded target: its own training "
-        "text, the Python standard library)",
+        help="text, or JSONL with `text` or `prompt`; repeatable. 'stdlib': the source of the Python standard library, "
+        "which the embedded target was trained on (default for it)",
     )
     group.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row (default: 256)")
     group.add_argument(
@@ -165,12 +165,12 @@ def prepare_data(arguments: argparse.Namespace, target: Any, tokenizer: Any, err
 
     source: dict[str, Any] = {"held_out": arguments.held_out, "length": arguments.length}
     only_prompts = False
-    if arguments.data:
-        documents = data.read_documents(arguments.data, arguments.held_out)
-        source["files"] = [Path(path).name for path in arguments.data]
-    elif arguments.target is None:
-        documents = stdlib.documents()
-        source["files"] = ["the Python standard library"]
+    files = arguments.data or ([STDLIB] if arguments.target is None else [])
+    if files:
+        paths = [path for path in files if path != STDLIB]
+        documents = data.read_documents(paths, arguments.held_out) if paths else []
+        documents += stdlib.documents() if STDLIB in files else []
+        source["files"] = [Path(path).name for path in files]
     elif arguments.self_generate is not None:
         prompts = [prompt.text for prompt in read_prompts()]
         documents = [data.Document(text, i % 4 == 0) for i, text in enumerate(prompts)]
