@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InputError
+from specdec.transfer import to_device
 from specdec.tree import TokenTree
 
 # Rows of q in half precision sum to 1 only so well.
@@ -69,13 +70,14 @@ class Proposal:
             assert self.q is not None
             return self.q[self.q_rows[node]]
         row = torch.zeros(vocab_size, dtype=torch.float32, device=self.tree.tokens.device)
-        row[self.tree.tokens[node]] = 1
-        return row
+        return row.index_fill_(0, self.tree.tokens[node : node + 1], 1.0)
 
     def chain_distributions(self, p: Tensor) -> Tensor:
         """All rows of a chain, `[N, V]`, in the dtype of `p`."""
         if self.q is not None and self.q_rows == tuple(range(len(self.tree))) == tuple(range(len(self.q))):
             return self.q.to(p.dtype)
+        if self.q is None:  # point masses, made where they are needed
+            return torch.zeros_like(p[:-1]).scatter_(1, to_device(self.tree.tokens, p.device)[:, None], 1.0)
         rows = [self.distribution(node, p.shape[-1]).to(p) for node in range(len(self.tree))]
         return torch.stack(rows) if rows else p[:0]
 

@@ -52,6 +52,17 @@ def test_chains_are_drafted_and_verified_without_a_hidden_read(drafter: str, ver
     assert not reads.counts
 
 
+@pytest.mark.parametrize("verifier", ["ratio", "block"])
+def test_bets_are_judged_without_a_hidden_read(verifier: str) -> None:
+    """Rules for samples, on point masses. (Of a sampled proposal, the rows are checked: one read more a round.)"""
+    target = tiny_models.tiny()
+    decoder = specdec.SpeculativeDecoder(target, drafter="ngram", verifier=verifier, policy=Fixed(4), backend="eager")
+    with Reads() as reads:
+        out = decoder.generate(PROMPT, max_new_tokens=24, temperature=0.8, seed=1)
+    assert out.stats.num_draft_tokens
+    assert not reads.counts
+
+
 def test_the_walk_over_a_tree_reads_nothing() -> None:
     tree = TokenTree.of([4, 5, 6, 7], [-1, -1, 1, 2])
     y = torch.tensor([5, 0, 6, 9, 0])
