@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,8 @@ class DFlashAttention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def _heads(self, x_BMH: Tensor) -> Tensor:
-        return x_BMH.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x_BMH.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return heads
 
     def keys_values(self, x_BMH: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """`[B, G, M, D]` each, keys turned to their positions."""
@@ -154,6 +155,10 @@ class DFlashModel(nn.Module):
             self.d2t = torch.zeros(config.draft_vocab_size, dtype=torch.int64)
         self._rotary: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def attentions(self) -> list[DFlashAttention]:
+        return [cast(DFlashLayer, layer).self_attn for layer in self.layers]
+
     @torch.no_grad()
     def initialize(self, std: float = 0.02) -> None:
         """Random matrices; what a layer adds to its input starts small."""
@@ -181,10 +186,8 @@ class DFlashModel(nn.Module):
     def block_embeddings(self, roots: Tensor, table_VH: Tensor) -> Tensor:
         """Input of the blocks that begin with the tokens `roots` `[...]`: `[..., S, H]`."""
         config = self.config
-        if self.mask_embedding is not None:
-            masked_H = self.mask_embedding
-        else:
-            masked_H = table_VH[config.mask_token_id] * config.embedding_scale
+        own = self.mask_embedding
+        masked_H = own if own is not None else table_VH[config.mask_token_id] * config.embedding_scale
         root_H = embedding(roots, table_VH) * config.embedding_scale
         slots = masked_H.to(root_H.dtype).expand(*roots.shape, config.block_size - 1, -1)
         return torch.cat((root_H[..., None, :], slots), -2)

@@ -24,7 +24,7 @@ class Anchored:
         length, size = context_BLH.shape[1], model.config.block_size
         cos, sin = model.rotary(length + size)
         here = cos[:, :length], sin[:, :length]
-        self.contexts = [layer.self_attn.keys_values(context_BLH, here) for layer in model.layers]
+        self.contexts = [layer.keys_values(context_BLH, here) for layer in model.attentions]
         slots = torch.arange(size, device=anchors_BA.device)
         self.places_BM = (anchors_BA[..., None] + slots).flatten(1)
         self.rotary = cos[0, self.places_BM], sin[0, self.places_BM]

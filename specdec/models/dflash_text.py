@@ -51,8 +51,8 @@ class DFlashContext:
         kv = self._reserve(end + self.config.block_size, context_BLH)
         cos, sin = self.model.rotary(end)
         here = cos[:, start:end], sin[:, start:end]
-        for i, layer in enumerate(self.model.layers):
-            k, v = layer.self_attn.keys_values(context_BLH, here)
+        for i, layer in enumerate(self.model.attentions):
+            k, v = layer.keys_values(context_BLH, here)
             kv[i, 0, :, start:end], kv[i, 1, :, start:end] = k[0], v[0]
         self.length = end
 
@@ -120,8 +120,8 @@ class DFlashNetwork:
 
     def bytes_for(self, length: int) -> int:
         """Of the keys and values of a text of `length` tokens."""
-        config = self.model.config
-        per_slot = 2 * config.layers.num_hidden_layers * config.layers.num_key_value_heads * config.layers.head_dim
+        config, shape = self.model.config, self.model.config.layers
+        per_slot = 2 * int(shape.num_hidden_layers) * int(shape.num_key_value_heads) * int(shape.head_dim)
         return per_slot * bucket(length + config.block_size, NO_LIMIT) * self.table_VH.element_size()
 
 

@@ -10,10 +10,10 @@ import argparse
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 from transformers import Qwen3Config
 
@@ -76,7 +76,7 @@ class DFlashObjective(Objective):
 
     kind = "dflash"
     layouts = ("speculators",)
-    recommended: Mapping[str, Any] = {"lr": 2e-3}
+    recommended: ClassVar[Mapping[str, Any]] = {"lr": 3e-3, "optimizer": "muon"}
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class DFlashObjective(Objective):
         weights_K = torch.exp(-torch.arange(self.depth, dtype=torch.float32) / gamma)
         self.weights_K = weights_K / weights_K.mean()
         self.table_VH: Tensor = target.get_input_embeddings().weight.detach()
-        self.head: nn.Module = target.get_output_embeddings()
+        self.head: Any = target.get_output_embeddings()
         self._calibrate()
         if init is not None:
             self.module.load_state_dict(init.state_dict())
