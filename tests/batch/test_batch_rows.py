@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import tiny_dflash
 import tiny_models
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -25,6 +26,7 @@ DRAFTERS = {
     "model": lambda dtype: ModelDrafter(draft(dtype)),
     "ngram": lambda dtype: NgramDrafter(),
     "none": lambda dtype: NoDrafter(),
+    "parallel": lambda dtype: tiny_dflash.drafter(target(dtype), block_draft()),
     "suffix": lambda dtype: SuffixDrafter(),
 }
 POLICIES = {"fixed": Fixed(3), "tree": Fixed(2, (2, 2)), "confidence": Confidence(0.5, k=5)}
@@ -38,6 +40,11 @@ def target(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
 @cache
 def draft(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
     return tiny_models.noisy(target(dtype), 0.03)
+
+
+@cache
+def block_draft() -> torch.nn.Module:
+    return tiny_dflash.fitted(target(), PROMPTS[1] + tiny_models.reference(target(), PROMPTS[1], 30), steps=60)
 
 
 @cache
