@@ -14,6 +14,7 @@ import torch
 from specdec import registry
 from specdec.api import SpeculativeDecoder
 from specdec.bench import bare, peers, rows, runbench, synthetic, targets
+from specdec.bench.draft_vocabulary import Chosen
 from specdec.bench.machine import ReadProbe, streamed_bytes
 from specdec.bench.profile import profile
 from specdec.bench.rows import SPECULATIVE, Absent, Made, Method
@@ -35,7 +36,7 @@ _RETRY_SHARE = 0.5
 class Subject:
     """What is measured: loaded models and prompts (token ids). `pair` is set when both were made here.
 
-    `batch`: the prompts of the batched row; the first of them are `prompts`.
+    `batch`: the prompts of the batched row; the first of them are `prompts`. `vocabulary`: of our draft; None: all.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Subject:
     prompts: list[list[int]]
     batch: list[list[int]]
     pair: synthetic.Pair | None = None
+    vocabulary: Chosen | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def _drafter(name: str, subject: Subject, backend: str) -> Any:
         return resolve_drafter(name, BuildContext(subject.target, subject.tokenizer, backend=backend))
     if subject.draft is None:
         raise InputError("the model drafter needs a draft model: name one with --drafter FOLDER_OR_HUB_ID")
-    return registry.find("drafter", MODEL)(subject.draft, backend=backend)
+    vocabulary = subject.vocabulary.vocabulary if subject.vocabulary is not None else None
+    return registry.find("drafter", MODEL)(subject.draft, backend=backend, vocabulary=vocabulary)
 
 
 def _decoders(subject: Subject, settings: Settings, backend: str) -> dict[str, SpeculativeDecoder]:
@@ -245,6 +248,7 @@ def make_report(bench: Bench, subject: Subject, settings: Settings, main: str) -
         },
         "pair": {"scale": pair.scale, "seed": pair.seed} if pair is not None else None,
         "agreement": agreement(bench, main),
+        "draft_vocabulary": subject.vocabulary.as_dict() if subject.vocabulary is not None else None,
         "dtype": dtype_name(subject.target.dtype),
         "device_type": subject.target.device.type,
         "threads": torch.get_num_threads(),

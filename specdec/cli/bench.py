@@ -49,6 +49,12 @@ def add_parser(subparsers: Any) -> None:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--preset", choices=PRESETS, help=f"(default: {DEFAULT_PRESET}, unless --target is given)")
     what.add_argument("--agreement", type=float, metavar="P", help="calibrate the preset to it (default: 0.77)")
+    what.add_argument(
+        "--draft-vocabulary",
+        type=int,
+        metavar="N",
+        help="let the preset's draft predict only the N most frequent tokens of the target's texts on other prompts",
+    )
     what.add_argument("--target", metavar="T", help="hub id or folder, in place of a preset")
     what.add_argument("--drafter", metavar="X", help="the draft model of --target: hub id or folder")
     what.add_argument("--drafters", default="model", metavar="A,B", help="model, ngram, … (default: model)")
@@ -139,6 +145,11 @@ def build_subject(arguments: argparse.Namespace, say: Callable[[str], None]) -> 
     elif preset == EMBEDDED:
         torch.set_num_threads(1)  # as everywhere with this pair: a second thread slows its small products
     if preset is None or preset == EMBEDDED:
+        if arguments.draft_vocabulary is not None:
+            raise InputError(
+                "--draft-vocabulary counts a preset's own texts; for models on disk make a vocabulary with specdec "
+                "vocab, and give it to specdec compare: --drafter-option vocabulary=FILE"
+            )
         return _loaded(arguments, device, dtype)
     say(f"making the {preset} pair")
     pair = synthetic.make_pair(
@@ -149,10 +160,16 @@ def build_subject(arguments: argparse.Namespace, say: Callable[[str], None]) -> 
         share=False,  # a real draft has bytes of its own to read
         progress=say,
     )
+    vocabulary = None
+    if arguments.draft_vocabulary is not None:
+        from specdec.bench import draft_vocabulary
+
+        say("counting the target's own texts")
+        vocabulary = draft_vocabulary.choose(pair, arguments.draft_vocabulary)
     prompts = synthetic.make_prompts(pair.shape, arguments.prompts, arguments.prompt_tokens)
     more = synthetic.make_prompts(pair.shape, BATCH_SIZE, arguments.prompt_tokens, seed=1)
     batch = [*prompts, *more][: max(BATCH_SIZE, len(prompts))]
-    return Subject(preset, pair.target, pair.draft, pair.tokenizer, prompts, batch, pair)
+    return Subject(preset, pair.target, pair.draft, pair.tokenizer, prompts, batch, pair, vocabulary)
 
 
 def _loaded(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> Subject:

@@ -33,6 +33,12 @@ def _head(console: Console, report: dict[str, Any]) -> None:
     prompt = f"{min(lengths)}" if min(lengths) == max(lengths) else f"{min(lengths)}–{max(lengths)}"
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     console.print(f"\n[bold]{escape(report['preset'])}[/] target {sizes['target']} parameters{draft}{agrees}")
+    if report.get("draft_vocabulary"):
+        cut = report["draft_vocabulary"]
+        console.print(
+            f"our draft predicts {cut['size']} tokens, {cut['coverage']:.0%} of the target's text; on texts apart it "
+            f"agrees {cut['agreement_cut']:.3f} of the time, with all tokens {cut['agreement']:.3f}"
+        )
     console.print(f"{escape(report['device'])}, {report['dtype']}, {threads}; {versions}")
     for name, backend in report["backends"].items():
         console.print(f"{name}: {escape(backend['describes'])}; {backend['numerics']} numerics")
