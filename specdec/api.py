@@ -20,6 +20,7 @@ from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafte
 from specdec.policy import Policy
 from specdec.prompting import Prompt, Prompts, encode, eos_ids, fitting_ids, is_several
 from specdec.proposal import Draw
+from specdec.runtime.cache import bucket
 from specdec.runtime.choose import fastest_dtype, open_backend
 from specdec.runtime.features import Features
 from specdec.runtime.prefix import PrefixCache, default_bytes
@@ -185,16 +186,19 @@ class SpeculativeDecoder:
         )
 
     def _check_memory(self, request: Request, drafter: Drafter, policy: Policy) -> int:
-        """Bytes of keys and values that the text may come to need; 0 where nobody set a budget."""
+        """Bytes of keys, values and kept hidden states that the text may come to need; 0 where nobody set a budget."""
         if self.memory_budget is None:
             return 0
         plan = policy.start().plan()
         length = min(request.max_length + max(plan.num_nodes, plan.limit), self.backend.capabilities.context)
         target, draft = self.backend.bytes_for(length), drafter.bytes_for(length)
+        if drafter.hidden:
+            width = len(drafter.hidden) * self.target.config.get_text_config(decoder=True).hidden_size
+            draft += bucket(length, length) * width * self.backend.capabilities.dtype.itemsize
         if target + draft > self.memory_budget:
             raise MemoryBudgetError(
                 f"{request.max_length} tokens (the prompt has {len(request.prompt)}) need {target:,} bytes of keys and "
-                f"values in the target and {draft:,} in the {drafter.name} drafter; the memory budget is "
+                f"values in the target and {draft:,} for the {drafter.name} drafter; the memory budget is "
                 f"{self.memory_budget:,}. Lower max_new_tokens, shorten the prompt, use a drafter without a model, or "
                 "raise memory_budget"
             )

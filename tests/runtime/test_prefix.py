@@ -248,3 +248,31 @@ def test_how_much_is_kept(model: Any) -> None:
     for wrong in (-1, 0.5):
         with pytest.raises(InputError, match="prefix_cache is a number of bytes, 0 for none"):
             specdec.SpeculativeDecoder(model, prefix_cache=wrong)
+
+
+class Reading(specdec.drafter.Drafter):
+    """Reads hidden states, and proposes what they say: nothing."""
+
+    hidden = (0, 2)
+
+    def start(self, request: Any) -> Any:
+        return request.features
+
+    def propose(self, state: Any, plan: Any, chance: Any) -> Any:
+        self.seen = len(state), state.read(0).shape
+        return specdec.proposal.Proposal.empty()
+
+    def observe(self, state: Any, outcome: Any) -> Any:
+        return state
+
+
+def test_hidden_states_are_reused_with_the_prompt_and_count_as_memory(model: Any) -> None:
+    reading = Reading()
+    made = specdec.SpeculativeDecoder(model, drafter=reading, backend="eager")
+    texts = [made.generate([*LONG[:200], i], max_new_tokens=3) for i in (1, 2)]
+    assert texts[1].stats.num_reused_tokens == 128
+    assert reading.seen[1][1] == 2 * model.config.hidden_size
+    assert texts[1].tokens == made.generate([*LONG[:200], 2], max_new_tokens=3, reuse_prefix=False).tokens
+    plain = made.backend.bytes_for(256)
+    with pytest.raises(specdec.errors.MemoryBudgetError, match="for the Reading drafter"):
+        specdec.SpeculativeDecoder(model, drafter=reading, backend="eager", memory_budget=plain).generate(LONG[:200])
