@@ -24,9 +24,12 @@ class EarlyExitDrafter(SharingDrafter):
     Needs a model whose layers stand in one list, with nothing but the hidden state passing from one to the next (llama,
     qwen, mistral, gemma 2 and 3, gpt2, gpt-neox, phi, mixtral, ...); others raise `UnsupportedModelError`.
 
-    Acceptance depends on how the target was trained. One that was not trained to exit early drafts poorly (figures for
-    the embedded target are in docs/choose.md): LayerSkip's recipe is layer dropout that grows with depth, and the
-    cross-entropy of every exit, weighted towards the later ones and switched on in turn.
+    Acceptance depends on how the target was trained. One that was not trained to exit early drafts poorly: of the
+    embedded target's 18 layers the first 2, 3, 4, 5, 6 reach mean acceptance lengths of 1.08, 1.09, 1.10, 1.10, 1.14 at
+    temperature 0, and 1.15, 1.17, 1.20, 1.21, 1.22 at 1 (k = 4, four code prompts of 48 tokens, float32, 2026-11-21;
+    `specdec compare --drafter early_exit --drafter-option exit_layer=E --k 4`): it does not pay there. LayerSkip's
+    recipe makes it pay: layer dropout that grows with depth, and the cross-entropy of every exit, weighted towards the
+    later ones and switched on in turn. No training is offered here.
 
     Lossless: yes, with every lossless verifier. (LayerSkip: Elhoushi et al., arXiv 2404.16710.)
     """

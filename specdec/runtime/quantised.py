@@ -120,7 +120,7 @@ class QuantisedModel(DerivedModel):
         return sum(b.nbytes for m in self.inner.modules() if isinstance(m, Int8Linear) for b in m.buffers())
 
 
-def _replacement(module: nn.Module, scheme: Scheme) -> nn.Module | None:
+def _replacement(module: Any, scheme: Scheme) -> nn.Module | None:
     if type(module) is nn.Linear:
         return scheme.product(module.weight, module.bias)
     if type(module) is Conv1D:  # stores the transpose

@@ -91,7 +91,7 @@ def _layers_path(model: Any) -> str:
             f"{type(model).__name__} has no single list of its {count} layers, each of which knows its place in the "
             "cache: it cannot be cut in two. Use another drafter; 'self_quant' needs no list of layers"
         )
-    return found[0]
+    return str(found[0])
 
 
 def _shallow(module: nn.Module) -> Any:
