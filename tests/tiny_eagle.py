@@ -57,22 +57,23 @@ def head(target: Any, seed: int = 0, **changes: Any) -> EagleModel:
     return build(shape, tensors(shape, seed), target)
 
 
-def fitted(target: Any, tokens: Sequence[int], **changes: Any) -> EagleModel:
-    """A head that drafts these tokens rather well, from every place in them."""
+def fitted(target: Any, tokens: Sequence[int], steps: int = 60, **changes: Any) -> EagleModel:
+    """A head that knows the target's choices behind these tokens rather well, from every place in them."""
     made = head(target, **{"draft_vocab_size": 48, "fc_norm": True, **changes})
     ids = torch.tensor([list(tokens)])
     with torch.no_grad():
-        states = target(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
-        features = torch.cat([states[i] for i in made.config.hidden], -1)
+        out = target(input_ids=ids, use_cache=False, output_hidden_states=True)
+        features = torch.cat([out.hidden_states[i] for i in made.config.hidden], -1)
+        choices = out.logits[0].argmax(-1)
     own = own_tensors(made)
     learned = [p.requires_grad_() for name, p in made.named_parameters() if name in own]
     optimizer = torch.optim.Adam(learned, lr=0.02)
     at = torch.full((made.config.vocab_size,), -100).index_put((made.draft_ids,), torch.arange(len(made.draft_ids)))
-    for _ in range(60):
+    for _ in range(steps):
         loss = torch.zeros((), dtype=torch.float64)
         for j, (logits, _) in enumerate(unroll(made, ids, made.fuse(features), STEPS)):
-            wanted = at[ids[0, 2 + j :]][: logits.shape[1]]
-            loss = loss + torch.nn.functional.cross_entropy(logits[0, : len(wanted)], wanted)
+            wanted = at[choices[1 + j :]][: logits.shape[1]]
+            loss = loss + torch.nn.functional.cross_entropy(logits[0], wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -203,7 +203,8 @@ def _slides(fields: Mapping[str, Any]) -> bool:
 def write_own(folder: Path, head: EagleModel, dtype: torch.dtype = torch.bfloat16) -> None:
     """`config.json` and `model.safetensors` that `read` reads; weights in `dtype`, what the target has left out."""
     config = {**head.config.to_dict(), DRAFTER_KEY: "eagle", "architectures": ["EagleModel"]}
-    for name in ("_name_or_path", "dtype"):
+    # Whoever looks for a tokenizer beside it would ask transformers for a model type that it does not know.
+    for name in ("_name_or_path", "dtype", "model_type"):
         config.pop(name, None)
     tensors = {n: t.detach().cpu() for n, t in own_tensors(head).items()}
     _write(folder, config, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()})

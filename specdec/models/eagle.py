@@ -307,9 +307,10 @@ def build(config: EagleConfig, tensors: Mapping[str, Tensor], target: Any) -> Ea
     if "d2t" in tensors:
         check_vocabulary_map(tensors["d2t"], config.vocab_size)
     with no_init_weights():
-        model = EagleModel(config)
+        # In its dtype from the start: rotary frequencies stay float32, and no weight is rounded on the way.
+        model = EagleModel._from_config(config, dtype=dtype)
     model.load_state_dict(dict(tensors), strict=False)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
     bind(model, target)
     return model
 
