@@ -36,6 +36,8 @@ ARCHITECTURE = "DFlashDraftModel"
 #: What a layer number of a file means: `transformers`' hidden state of that number, or the output of that layer.
 CONVENTIONS = {"hidden_states": 0, "outputs": 1}
 _CONVENTION = "layer_id_convention"
+#: Where our own files name the target.
+VERIFIER = "verifier"
 _LAYER_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -44,6 +46,12 @@ _LAYER_FIELDS = (
     "head_dim",
     "intermediate_size",
 )
+# What describes the layers, and not the file that they lie in.
+_QWEN3_FIELDS = (set(Qwen3Config().to_dict()) | {"rope_theta", "rope_scaling"}) - {
+    "architectures",
+    "dtype",
+    "transformers_version",
+}
 # Of the target; some files carry copies. `verifier_*` is for training only.
 _OF_THE_TARGET = ("embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight", "t2d")
 _LIMIT = 1 << 24
@@ -80,13 +88,11 @@ def _layers(fields: Mapping[str, Any]) -> Qwen3Config:
     for name in _LAYER_FIELDS:
         if name != "head_dim" or fields.get(name) is not None:
             _whole(fields.get(name), name)
-    known = dict(fields)
+    known = {name: value for name, value in fields.items() if name in _QWEN3_FIELDS}
     if known.get("head_dim") is None:
         known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]
     if known["num_attention_heads"] % known["num_key_value_heads"] or known["head_dim"] % 2:
         raise UnsupportedModelError("config.json: heads come in equal groups by key/value head, of an even head_dim")
-    for name in ("architectures", "auto_map", "dflash_config", "transformers_version", "dtype", "torch_dtype"):
-        known.pop(name, None)
     try:
         made = Qwen3Config(**known)
         kinds = layer_types(made)
@@ -226,7 +232,7 @@ def build(config: DFlashConfig, tensors: dict[str, Tensor]) -> DFlashModel:
 
 def _layer_config(config: DFlashConfig, vocab_size: int) -> dict[str, Any]:
     fields = config.layers.to_dict()
-    for name in ("architectures", "dtype", "torch_dtype", "_name_or_path", DRAFTER_KEY):
+    for name in ("architectures", "dtype", "torch_dtype", "_name_or_path"):
         fields.pop(name, None)
     return {**fields, "model_type": "qwen3", "vocab_size": vocab_size}
 
@@ -241,8 +247,17 @@ def _save(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write(folder: Path, model: DFlashModel, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write z-lab's layout, with the key that tells `specdec` which drafter reads it."""
+def write(
+    folder: Path,
+    model: DFlashModel,
+    vocab_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    verifier: Mapping[str, Any] | None = None,
+) -> None:
+    """Write z-lab's layout, with the key that tells `specdec` which drafter reads it.
+
+    `verifier`: `name_or_path` and `architectures` of the target, for `write_speculators` to repeat.
+    """
     config = model.config
     if model.lm_head is not None:
         raise InputError("z-lab's layout has no place for a draft vocabulary; write the speculators layout")
@@ -260,6 +275,8 @@ def write(folder: Path, model: DFlashModel, vocab_size: int, dtype: torch.dtype 
     plain = {"input_embedding_scale": 1.0, "output_multiplier": 1.0}
     own.update({name: value for name, value in extras.items() if value and value != plain.get(name)})
     head: dict[str, Any] = {DRAFTER_KEY: "parallel", "architectures": [ARCHITECTURE]}
+    if verifier is not None:
+        head[VERIFIER] = dict(verifier)
     if config.num_target_layers is not None:
         head["num_target_layers"] = config.num_target_layers
     if any(config.causal) or not set(layer_types(config.layers)) <= {"full_attention"}:

@@ -19,9 +19,9 @@ from transformers import Qwen3Config
 
 from specdec.errors import InputError
 from specdec.formats import dflash as files
+from specdec.formats.files import read_config
 from specdec.models.dflash import DFlashConfig, DFlashModel, check_target, spread_layers
 from specdec.models.dflash_anchors import anchored_hidden
-from specdec.train import provenance
 from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap
 from specdec.train.objective import Batch, Losses, Objective
 
@@ -238,17 +238,22 @@ class DFlashObjective(Objective):
     # ------------------------------------------------------------ files
 
     def save(self, folder: Path) -> None:
-        files.write(folder, self.module, self.table_VH.shape[0])
+        config = self.target.config
+        name = str(getattr(config, "_name_or_path", "") or "")
+        # A folder of this machine names nothing elsewhere.
+        verifier = {
+            "name_or_path": "" if Path(name).exists() else name,
+            "architectures": list(config.architectures or [type(self.target).__name__]),
+        }
+        files.write(folder, self.module, self.config.layers.vocab_size, verifier=verifier)
 
     @classmethod
     def export(cls, source: Path, out: Path, layout: str) -> None:
         if layout not in cls.layouts:
             super().export(source, out, layout)
         model, _ = files.read(source)
-        record = provenance.read(source)
-        vocab_size = int(model.config.layers.vocab_size)
-        verifier = {"name_or_path": str(record.get("target_name") or ""), "architectures": []}
-        files.write_speculators(out, model, vocab_size, verifier)
+        verifier = read_config(source).get(files.VERIFIER) or {"name_or_path": "", "architectures": []}
+        files.write_speculators(out, model, int(model.config.layers.vocab_size), verifier)
         copy, _ = files.read(out)
         theirs = copy.state_dict()
         same = copy.config.layer_ids == model.config.layer_ids and all(

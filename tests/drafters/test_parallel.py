@@ -245,6 +245,8 @@ def test_trained_saved_loaded_exported(target: Any, tmp_path: Path, mask_token: 
     DFlashObjective.export(tmp_path / "out", tmp_path / "theirs", "speculators")
     theirs = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert (theirs["aux_hidden_state_layer_ids"], theirs["mask_token_id"]) == ([1, 2], 63)
+    assert theirs["speculators_config"]["verifier"]["architectures"] == ["GPTNeoXForCausalLM"]
+    assert not {"block_size", "dflash_config", "specdec_drafter"} & set(theirs["transformer_layer_config"])
     copy, convention = files.read(tmp_path / "theirs")
     assert convention == "hidden_states"
     a, b = (DFlashNetwork(target, model) for model in (copy, files.read(tmp_path / "out")[0]))
