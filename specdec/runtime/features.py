@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdec.errors import InputError
 from specdec.runtime.cache import bucket
+from specdec.transfer import to_device
 
 if TYPE_CHECKING:
     from specdec.runtime.session import Session
@@ -36,7 +37,7 @@ class FeatureStore:
 
     def gather(self, slots: Sequence[int], start: int) -> None:
         if self._rows_SW is not None and list(slots) != list(range(start, start + len(slots))):
-            self._rows_SW[start : start + len(slots)] = self._rows_SW[list(slots)]
+            self._rows_SW[start : start + len(slots)] = self._rows_SW[to_device(slots, self._rows_SW.device)]
 
     def read(self, start: int, end: int) -> Tensor:
         if self._rows_SW is None:

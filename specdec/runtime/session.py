@@ -24,6 +24,7 @@ from specdec.errors import InputError
 from specdec.history import History
 from specdec.runtime.backend import Backend, Step, StepResult
 from specdec.runtime.features import FeatureStore
+from specdec.transfer import to_device
 from specdec.tree import TokenTree, structure
 
 # Rows of one prefill step: bounds the logits and attention scratch of long prompts.
@@ -221,7 +222,7 @@ class Session:
         tokens = torch.tensor(pending, dtype=torch.int64)
         if len(tree) > first:
             new = tree.tokens[first:] if first else tree.tokens
-            tokens = torch.cat((tokens.to(new.device), new)) if pending else new
+            tokens = torch.cat((to_device(tokens, new.device), new)) if pending else new
         start = prefix + (0 if pending else first)
         inputs = [self._inputs_of(prefix, prefix + len(pending)) if pending else None, inputs_MW]
         given = [rows for rows in inputs if rows is not None]

@@ -6,8 +6,10 @@ A new drafter needs a line in `DRAFTERS` below; a new verifier or policy is pick
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,7 @@ from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
 import specdec
 from specdec import registry
 from specdec.drafter import Drafter
+from specdec.fit import FittedTree, TreePlan
 from specdec.formats.medusa_heads import HeadShape, MedusaHeads
 from specdec.generation import Stream
 from specdec.policy import Confidence, Fixed, Heuristic, Policy, Throughput
@@ -41,6 +44,16 @@ from specdec.tree_policy import AdaptiveTree, DynamicTree, StaticTree
 from specdec.verifier import Verifier
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
+
+
+@cache
+def plan_file() -> str:
+    """A fitted tree, in a file as `specdec tree` writes it."""
+    path = Path(tempfile.mkdtemp()) / "tree.json"
+    TreePlan((-1, -1, 0, 0, 1), {}).save(path)
+    return str(path)
+
+
 NOISE = 0.03  # of the draft's weights: acceptance is partial
 
 
@@ -101,6 +114,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "tree": lambda: Fixed(3, (3, 2)),
     "shape": lambda: StaticTree((-1, -1, 0, 0, 1, 2, 2, 5)),
     "dynamic-tree": lambda: DynamicTree(budget=8, k=4, width=3),
+    "fitted-tree": lambda: FittedTree(plan_file()),
     "adaptive-tree": lambda: AdaptiveTree(budget=12, k=4, width=3, probe_every=4),
     "confidence": lambda: Confidence(0.5, k=6),
     "heuristic": lambda: Heuristic(3, limit=6),

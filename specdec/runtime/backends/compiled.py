@@ -23,6 +23,7 @@ from specdec.runtime import graph
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
 from specdec.runtime.backends.eager import EagerBackend
 from specdec.runtime.cache import bucket
+from specdec.runtime.check import DRAFT_TOLERANCE, TOLERANCE, apart, check_step, compare
 from specdec.runtime.native import NativeModel, unsupported
 from specdec.runtime.worker import Worker
 
@@ -30,26 +31,6 @@ COMPILE = ("auto", "now", "never")
 # Compiling takes about this long. It starts once as many seconds went into steps without a graph, which is at most
 # twice what the best choice in hindsight would have cost.
 SECONDS_BEFORE = 30.0
-# Largest difference from the stock step that rounding explains, as a share of the largest logit.
-# (Stock eager attention takes its softmax in float32, whatever the dtype.)
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
-# Of a model that only drafts: rounded activations may fall on the other side, and it need not matter.
-_DRAFT_TOLERANCE = 0.5
-_CHECK_TOKENS = 6
-
-
-def _check_step(capabilities: Capabilities, input_width: int) -> Step:
-    """A few rows of a short text, for `_apart`."""
-    rows = torch.arange(min(_CHECK_TOKENS, capabilities.context))
-    block = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-    inputs = torch.ones(len(rows), input_width, dtype=capabilities.dtype) if input_width else None
-    return Step(rows % capabilities.vocab_size, 0, block, rows, 0, len(rows), inputs_MW=inputs)
-
-
-def _apart(logits: Tensor, reference: Tensor, tolerance: float) -> float | None:
-    """The largest difference as a share of the largest logit, where rounding does not explain it; else None."""
-    apart = float((logits.double() - reference.double()).abs().max() / reference.double().abs().max().clamp_min(1e-6))
-    return None if apart <= tolerance else apart
 
 
 class _Shared:
@@ -57,7 +38,7 @@ class _Shared:
 
     def __init__(self, model: Any, stock: EagerBackend, when: str, only_drafts: bool = False):
         self.stock, self.when = stock, when
-        self.tolerance = _DRAFT_TOLERANCE if only_drafts else _TOLERANCE[stock.capabilities.dtype]
+        self.tolerance = DRAFT_TOLERANCE if only_drafts else TOLERANCE[stock.capabilities.dtype]
         self.native = NativeModel(model)
         self.steps = ops.steps()
         self.handle: Tensor = self.steps.handle()
@@ -129,13 +110,13 @@ class _Shared:
         """Use a graph from now on. Raises when its logits are not those of the model's own Python."""
         if made is None:
             return
-        step = _check_step(self.stock.capabilities, self.native.input_width)
+        step = check_step(self.stock.capabilities, self.native.input_width)
         python = CompiledBackend(self).forward(step).logits
         self.graph = made
         try:
-            apart = _apart(CompiledBackend(self).forward(step).logits, python, self.tolerance)
-            if apart is not None:
-                raise RuntimeError(f"the graph's logits are off by {apart:.1e} of the largest")
+            share = apart(CompiledBackend(self).forward(step).logits, python, self.tolerance)
+            if share is not None:
+                raise RuntimeError(f"the graph's logits are off by {share:.1e} of the largest")
         except Exception:
             self.graph = None
             raise
@@ -205,22 +186,10 @@ class CompiledBackend(Backend):
 
     def _check(self) -> None:
         """Compare a few rows with the stock step: an attention layer may do what no argument tells."""
-        step = _check_step(self.capabilities, self._shared.native.input_width)
-        name = type(self._shared.stock.model).__name__
-        try:
-            mine = type(self)(self._shared).forward(step).logits
-        except UnsupportedModelError:
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{name} does not run on the native kernels: {error}; use backend='eager'"
-            ) from error
-        apart = _apart(mine, self._shared.stock.fork(0).forward(step).logits, self._shared.tolerance)
-        if apart is not None:
-            raise UnsupportedModelError(
-                f"{name} on the native kernels differs from the stock step by {apart:.1e} of the largest logit: its "
-                "layers do something that the kernels do not know; use backend='eager'"
-            )
+        shared = self._shared
+        step = check_step(self.capabilities, shared.native.input_width)
+        reference = shared.stock.fork(0).forward(step).logits
+        compare(lambda: type(self)(shared).forward(step).logits, reference, shared.stock.model, shared.tolerance)
 
     @property
     def capabilities(self) -> Capabilities:
