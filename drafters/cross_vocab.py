@@ -71,10 +71,15 @@ class Translation:
             if token is not None and self.target.piece(token) is not None:
                 run.append(token)
                 continue
-            found += self._run(run, opens=at == len(run) or tokens[: at - len(run)] == self.target.opening)
-            run = []
-            if token is not None and not (at < len(self.target.opening) and found == self.draft.opening):
-                found += self.in_draft(token)
+            nothing_yet = found == self.draft.opening
+            found += self._run(run, opens=nothing_yet)
+            nothing_yet, run = nothing_yet and not run, []
+            if token is None:
+                break
+            theirs = list(self.in_draft(token))
+            # The draft's own opening stands there already: what opens the target's text is not said again.
+            if not (nothing_yet and (at < len(self.target.opening) or theirs == self.draft.opening)):
+                found += theirs
         return found or [0]
 
     def _run(self, tokens: Sequence[int], opens: bool) -> list[int]:
