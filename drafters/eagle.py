@@ -22,7 +22,8 @@ from specdec.errors import InputError
 from specdec.formats import eagle as files
 from specdec.growth import grow
 from specdec.history import History
-from specdec.models.eagle import CONVENTIONS, OWN, EagleModel, build
+from specdec.models.eagle import CONVENTIONS, OWN, EagleModel
+from specdec.models.eagle_build import build
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
 from specdec.runtime.choose import open_backend

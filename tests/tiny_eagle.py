@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from specdec.models.eagle import EagleConfig, EagleModel, build, own_tensors
-from specdec.train.eagle import unroll
+from specdec.models.eagle import EagleConfig, EagleModel
+from specdec.models.eagle_build import build, own_tensors
+from specdec.train.unroll import unroll
 
 STEPS = 3
 

@@ -21,7 +21,8 @@ from transformers import AutoConfig
 
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.loading import DRAFTER_KEY
-from specdec.models.eagle import LAYERS, EagleConfig, EagleModel, own_tensors
+from specdec.models.eagle import LAYERS, EagleConfig, EagleModel
+from specdec.models.eagle_build import own_tensors
 
 SPECULATORS = "speculators"
 _WEIGHTS, _INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"

@@ -1,7 +1,7 @@
 """`specdec train eagle`: a head that drafts from the target's own hidden states (EAGLE-3, arXiv 2503.01840).
 
-Start t knows tokens 0..t+1 and states 0..t. Step j of its K reads token t+1+j and a feature: the target's at t for
-j = 0, else what step j - 1 gave. It predicts token t+2+j, which the target's logits at t+1+j are the truth of.
+Step j from start t (see `specdec.train.unroll`) predicts token t+2+j, which the target's logits at t+1+j are the truth
+of.
 
 Shape suffixes: B rows, L tokens of a row, S starts of a row, V vocabulary, R draft vocabulary, H hidden width,
 N starts that count, K steps.
@@ -10,98 +10,28 @@ N starts that count, K steps.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
 
 from specdec.errors import InputError
 from specdec.formats import eagle as files
 from specdec.loading import EMBEDDED, load_model
-from specdec.models.eagle import OWN, EagleConfig, EagleModel, bind, default_layer_ids, own_tensors
+from specdec.models.eagle import EagleConfig, EagleModel
+from specdec.models.eagle_build import bind, default_layer_ids, own_tensors
 from specdec.train import provenance
 from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap
 from specdec.train.objective import Batch, Losses, Objective
+from specdec.train.unroll import unroll, unrolling
 
 _DECAY = 0.8  # of a step's weight against the one before
 # EAGLE-1: the weight of cross-entropy beside that of the regression, and the width of the features' noise.
 _CE_WEIGHT, _NOISE = 0.1, 0.2
 _HEAD = 64
-_ATTENTION = "specdec_unrolled"
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one step: `query [B, heads, S, D]`, keys and values of all steps so far, `[B, kv heads, K S, D]`.
-
-    Of the first step's keys a start sees its own and all before it, which the target has computed; of each later
-    step's only its own. So the scores are `[S, S + K - 1]`, not `[S, K S]` with a mask.
-    """
-    groups, num_starts = query.shape[1] // key.shape[1], query.shape[2]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    query = query * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    true_k, own_k = key[:, :, :num_starts], key[:, :, num_starts:].unflatten(2, (-1, num_starts))
-    true_v, own_v = value[:, :, :num_starts], value[:, :, num_starts:].unflatten(2, (-1, num_starts))
-    later = torch.ones(num_starts, num_starts, dtype=torch.bool, device=query.device).triu(1)
-    scores = (query @ true_k.transpose(2, 3)).masked_fill(later, -torch.inf)
-    own_scores = (query[:, :, None] * own_k).sum(-1).transpose(2, 3)
-    weights = torch.cat((scores, own_scores), -1).softmax(-1)
-    out = weights[..., :num_starts] @ true_v
-    out = out + (weights[..., num_starts:].transpose(2, 3)[..., None] * own_v).sum(2)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(_ATTENTION, _attention)
-
-
-def unroll(head: EagleModel, tokens_BL: Tensor, features_BLH: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
-    """Training-time test: what each step gives, its logits `[B, S, R]` and its own features `[B, S, H]`; S = L - K.
-
-    The head's own forward, once a step, on a cache that grows by a step at a time: the same computation as drafting
-    these tokens from every start at once. `features_BLH`: what `fuse` made of the target's states.
-    """
-    return list(_unrolled(head, tokens_BL, features_BLH, steps, logits=True))
-
-
-def _unrolled(
-    head: EagleModel, tokens_BL: Tensor, features_BLH: Tensor, steps: int, *, logits: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    num_starts = tokens_BL.shape[1] - steps
-    if num_starts < 1:
-        raise InputError(f"rows of {tokens_BL.shape[1]} tokens are too short for {steps} steps; raise --length")
-    device = tokens_BL.device
-    cache = DynamicCache()
-    positions = torch.arange(num_starts, device=device)[None]
-    given = features_BLH[:, :num_starts]
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    usual, head.config._attn_implementation = head.config._attn_implementation, _ATTENTION
-    try:
-        for step in range(steps):
-            out = head(
-                input_ids=tokens_BL[:, 1 + step : 1 + step + num_starts],
-                features=given,
-                position_ids=positions + step,
-                past_key_values=cache,
-                output_hidden_states=True,
-                logits_to_keep=0 if logits else none,
-            )
-            assert out.hidden_states is not None
-            given = out.hidden_states[OWN]
-            yield out.logits, given
-    finally:
-        head.config._attn_implementation = usual
 
 
 def frequent_ids(rows: np.ndarray, vocab_size: int, count: int, always: set[int]) -> Tensor:
@@ -156,7 +86,7 @@ def new_config(target: Any, options: Mapping[str, Any]) -> EagleConfig:
 def new_head(config: EagleConfig, target: Any) -> EagleModel:
     """A head that begins as near to the target as it can: features from the highest state, the target's head."""
     config._attn_implementation = "sdpa"
-    head = EagleModel(config).float()
+    head: EagleModel = EagleModel(config).float()
     width, high = config.hidden_size, head.fc.weight[:, -config.hidden_size :]
     high += torch.eye(width)
     bind(head, target)
@@ -291,7 +221,7 @@ class EagleObjective(Objective):
         num_starts = starts_BS.shape[1]
         p_BLR, can_BL = self._truth(batch)
         total, weights, by_step = features_BLH.new_zeros(()), 0.0, []
-        for j, (_, own) in enumerate(_unrolled(self.head, batch.tokens_BL, features_BLH, steps, logits=False)):
+        for j, (_, own) in enumerate(unrolling(self.head, batch.tokens_BL, features_BLH, steps, logits=False)):
             ahead = slice(1 + j, 1 + j + num_starts)
             normed = own if is_first or self.head.config.norm_output else self.head.norm(own)
             counts_BS = starts_BS & can_BL[:, ahead]
@@ -349,7 +279,7 @@ class _Own(nn.Module):
         self._names = tuple(names)
         self.head = head
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         whole = self.head.state_dict()
         return {name: whole[name] for name in self._names}
 

@@ -21,10 +21,11 @@ from specdec.policy import Fixed
 from specdec.runtime.session import Session
 from specdec.train import provenance
 from specdec.train.data import Rows, TrainingData
-from specdec.train.eagle import EagleObjective, frequent_ids, unroll
+from specdec.train.eagle import EagleObjective, frequent_ids
 from specdec.train.objective import create
 from specdec.train.settings import Settings
 from specdec.train.trainer import look, train
+from specdec.train.unroll import unroll
 from specdec.tree import TokenTree
 
 K = 4
