@@ -123,7 +123,7 @@ class EagleDrafter(ModelRunner):
 
         def expand(ran: TokenTree) -> Steps[Tensor]:
             nonlocal own_NH
-            inputs = None if own_NH is None else own_NH[[parent + 1 for parent in ran.parents[len(own_NH) - 1 :]]]
+            inputs = None if own_NH is None else _rows_of(own_NH, ran.parents[len(own_NH) - 1 :])
             rows = yield from session.forwarding(ran, inputs)
             assert rows.hidden is not None
             own_NH = rows.hidden if own_NH is None else torch.cat((own_NH, rows.hidden))
@@ -153,6 +153,14 @@ class EagleDrafter(ModelRunner):
 
     def bytes_for(self, length: int) -> int:
         return self._backend.bytes_for(min(length, self._backend.capabilities.context))
+
+
+def _rows_of(own_NH: Tensor, parents: Sequence[int]) -> Tensor:
+    """The own features of each new node's parent. A chain's is a slice: nothing goes to the device for it."""
+    first = parents[0] + 1
+    if list(parents) == list(range(parents[0], parents[0] + len(parents))):
+        return own_NH[first : first + len(parents)]
+    return own_NH[torch.tensor(parents, device=own_NH.device) + 1]
 
 
 @torch.inference_mode()

@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
 from specdec.errors import InputError, UnsupportedModelError
+from specdec.formats.files import read_config, read_tensors
 from specdec.loading import DRAFTER_KEY
 from specdec.models.eagle import LAYERS, EagleConfig, EagleModel
 from specdec.models.eagle_build import own_tensors
 
 SPECULATORS = "speculators"
-_WEIGHTS, _INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+_WEIGHTS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 # Of the decoder layer: what an original configuration, or the nested one of speculators, says about it.
 _LAYER_FIELDS = (
     "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "layer_types",
@@ -78,32 +79,12 @@ def _shape_in(folder: Path, name: str) -> list[int] | None:
     return None
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, under the names of our model. Raises `InputError` for files that cannot be read."""
-    try:
-        if (folder / _WEIGHTS).is_file():
-            found = load_file(folder / _WEIGHTS)
-        elif (folder / _INDEX).is_file():
-            parts = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            found = {}
-            for part in sorted(set(parts)):
-                found.update(load_file(folder / Path(part).name))
-        elif (folder / _PICKLED).is_file():
-            found = torch.load(folder / _PICKLED, map_location="cpu", weights_only=True)
-        else:
-            raise InputError(f"{folder} has no {_WEIGHTS} and no {_PICKLED}: the download is incomplete")
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the weights in {folder} cannot be read: {first}") from error
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, under the names of our model."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in found.items():
+    for name, tensor in read_tensors(folder).items():
         short = name.removeprefix("model.")
-        short = "layers.0." + short.removeprefix("midlayer.") if short.startswith("midlayer.") else short
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{folder}: {name} is no tensor")
-        tensors[short] = tensor
+        tensors["layers.0." + short.removeprefix("midlayer.") if short.startswith("midlayer.") else short] = tensor
     return tensors
 
 
@@ -136,16 +117,13 @@ def _check_map(tensors: dict[str, Tensor]) -> None:
 def read(folder: str | Path) -> Checkpoint:
     """The head in a folder of any layout. Raises `InputError` or `UnsupportedModelError`, which say what is wrong."""
     folder = Path(folder)
-    try:
-        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no readable config.json") from error
+    given = read_config(folder)
     layout = layout_of(given, folder)
     if layout is None:
         kind = given.get("speculators_model_type")
         reason = f"it is a {kind!r} speculator" if kind else "its config.json is not that of one"
         raise UnsupportedModelError(f"{folder} holds no EAGLE head: {reason}")
-    tensors = read_tensors(folder)
+    tensors = _tensors(folder)
     _check_map(tensors)
     tensors = {n: t for n, t in tensors.items() if n not in _REDUNDANT and not n.endswith("rotary_emb.inv_freq")}
     if layout == "specdec":

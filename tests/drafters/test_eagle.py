@@ -289,19 +289,19 @@ def test_bad_files_are_refused_with_what_is_wrong(
 def test_bad_folders_and_options_are_refused(target: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs a head that was trained for this target"):
         EagleDrafter.build(BuildContext(target))
-    with pytest.raises(InputError, match=r"no readable config\.json"):
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
         opened(tmp_path, target)
     write(tmp_path, "modelopt")
     with pytest.raises(InputError, match="hidden_convention is one of input, output, not 'before'"):
         opened(tmp_path, target, hidden_convention="before")
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read"):
         opened(tmp_path, target)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"no model\.safetensors and no pytorch_model\.bin"):
+    with pytest.raises(InputError, match="holds no weights"):
         opened(tmp_path, target)
     torch.save({"fc.weight": torch.nn.Linear(2, 2)}, tmp_path / "pytorch_model.bin")  # code when unpickled
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read"):
         opened(tmp_path, target)
 
 
