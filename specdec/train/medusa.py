@@ -52,6 +52,7 @@ class MedusaObjective(Objective):
         loss: str = "fkl",
         decay: float = 0.8,
         stored: str = "bfloat16",
+        init: str | None = None,
     ):
         super().__init__(target, tokenizer)
         if not 1 <= heads <= MAX_DEPTH or not 1 <= layers <= MAX_DEPTH:
@@ -71,7 +72,12 @@ class MedusaObjective(Objective):
             heads, layers, int(config.hidden_size), vocab_size, size, projection, logit_scale=logit_scale(config)
         )
         self.module: MedusaHeads = MedusaHeads(shape, ids)
-        self._start_projections()
+        self.started = init is not None
+        if init is not None:
+            self.module = layouts.read(EMBEDDED / layouts.NAME if init == "embedded" else init).float()
+            self.module.requires_grad_(True)
+            self.depth = self.module.shape.num_heads
+        self._borrow()
 
     @classmethod
     def options(cls, parser: argparse.ArgumentParser) -> None:
@@ -93,6 +99,11 @@ class MedusaObjective(Objective):
             "trained nor stored (default: own)",
         )
         shape.add_argument(
+            "--init",
+            metavar="FOLDER",
+            help="go on from these heads, whose shape counts; 'embedded' are the ones in the package",
+        )
+        shape.add_argument(
             "--stored", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(default: bfloat16)"
         )
         how = parser.add_argument_group("what is learnt")
@@ -107,30 +118,33 @@ class MedusaObjective(Objective):
 
     def begin(self, rows: np.ndarray) -> None:
         heads = self.module
+        if self.started:
+            return
         if heads.d2t_absolute is not None:
             counts_V = count_tokens([rows.reshape(-1)], heads.shape.vocab_size)  # type: ignore[list-item]
             always = always_included(self.tokenizer, self.target)
             ids = most_frequent(counts_V, heads.shape.draft_size, always).ids_R
             heads.d2t_absolute.copy_(ids)
-        self._start_projections(rows)
+        self._borrow()
+        self._start_projections(rows[:_ROWS])
+
+    def _borrow(self) -> None:
+        self.module.borrow(self.target)
+        self.module.borrowed = [layer.float() for layer in self.module.borrowed]
 
     @torch.no_grad()
-    def _start_projections(self, rows: np.ndarray | None = None) -> None:
-        """The target's own rows; with text, behind the linear map that best tells a later state from an earlier one.
+    def _start_projections(self, rows: np.ndarray) -> None:
+        """The target's own rows, behind the linear map that best tells a later state from an earlier one.
 
-        The target's head says what comes next, not what comes after that: the map, found by least squares, is worth
-        some hundred steps of training.
+        The target's head says what comes next, not what comes after that: the map, found by least squares on a little
+        text, is worth some tens of steps of training.
         """
-        heads = self.module
-        if heads.shape.projection == "tied":
-            heads.borrow(self.target)
-            heads.borrowed = [layer.float() for layer in heads.borrowed]
+        if self.module.shape.projection == "tied" or rows.shape[1] <= self.depth:
             return
-        weight_RH = output_rows(self.target, heads.d2t_absolute)[0].float()
-        maps = None if rows is None or rows.shape[1] <= self.depth else self._maps(rows[:_ROWS])
-        for k, layer in enumerate(heads.projections):
-            started_RH = weight_RH if maps is None else (weight_RH.double() @ maps[k]).float()
-            layer.weight.copy_(started_RH)  # type: ignore[operator, union-attr]
+        weight_RH = output_rows(self.target, self.module.d2t_absolute)[0].double()
+        maps = self._maps(rows)
+        for k, layer in enumerate(self.module.projections):
+            layer.weight.copy_(weight_RH @ maps[k])  # type: ignore[operator, union-attr]
 
     def _maps(self, rows: np.ndarray) -> list[Tensor]:
         """For each head the `[H, H]` that maps a state to about the one k + 1 places later; float64."""

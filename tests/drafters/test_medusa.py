@@ -514,6 +514,11 @@ def test_training_raises_acceptance_and_its_folder_drafts(options: dict[str, Any
     overlap_NK, _ = again.acceptance(batch)
     found = float(overlap_NK.double().cumprod(1).sum(1).mean())
     assert 1 + found == pytest.approx(best, rel=1e-5)
+    on = create("medusa", model, init=str(tmp_path))
+    on.begin(data.train.tokens_RL)
+    assert on.depth == HEADS
+    torch.testing.assert_close(on.acceptance(batch)[0], overlap_NK)
+    assert all(p.requires_grad for p in on.module.parameters())
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
