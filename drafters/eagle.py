@@ -28,6 +28,7 @@ from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
 from specdec.runtime.choose import open_backend
 from specdec.runtime.session import Session, Steps
+from specdec.transfer import to_device
 from specdec.tree import TokenTree
 
 # Tokens of the text that conventions are tried on, and how many standard errors apart "clearly" means.
@@ -160,7 +161,7 @@ def _rows_of(own_NH: Tensor, parents: Sequence[int]) -> Tensor:
     first = parents[0] + 1
     if list(parents) == list(range(parents[0], parents[0] + len(parents))):
         return own_NH[first : first + len(parents)]
-    return own_NH[torch.tensor(parents, device=own_NH.device) + 1]
+    return own_NH[to_device([parent + 1 for parent in parents], own_NH.device)]
 
 
 @torch.inference_mode()

@@ -100,7 +100,7 @@ class EagleObjective(Objective):
 
     kind = "eagle"
     layouts = ("speculators",)
-    recommended = {"lr": 2e-3, "optimizer": "muon", "judged_at": 0}  # noqa: RUF012
+    recommended = {"lr": 3e-3, "optimizer": "muon", "judged_at": 0}  # noqa: RUF012
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class EagleObjective(Objective):
         head: EagleModel,
         *,
         loss: str = "fkl",
-        unroll: int = 5,
+        unroll: int = 4,
         k: int = 5,
         draft_vocab: int | None = None,
     ):
@@ -154,14 +154,14 @@ class EagleObjective(Objective):
         how = parser.add_argument_group("training")
         how.add_argument("--loss", choices=tuple(LOSSES), default="fkl", help="(default: fkl)")
         how.add_argument(
-            "--unroll", type=int, metavar="N", help="steps on its own features (default: 5 for EAGLE-3, 1 for EAGLE-1)"
+            "--unroll", type=int, metavar="N", help="steps on its own features (default: 4 for EAGLE-3, 1 for EAGLE-1)"
         )
         how.add_argument("--k", type=int, default=5, metavar="N", help="drafted positions that are judged (default: 5)")
 
     @classmethod
     def build(cls, target: Any, tokenizer: Any, options: Mapping[str, Any]) -> EagleObjective:
         head = new_head(new_config(target, options), target)
-        steps = options["unroll"] if options["unroll"] is not None else (5 if options["eagle"] == 3 else 1)
+        steps = options["unroll"] if options["unroll"] is not None else (4 if options["eagle"] == 3 else 1)
         return cls(
             target,
             tokenizer,
