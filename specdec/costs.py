@@ -1,4 +1,4 @@
-"""What a round costs: a forward by its number of rows, between and beyond the widths that were measured, and drafting."""
+"""What a round costs: drafting, and a forward by its number of rows, between and beyond the measured widths."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
 
 
 def spread(logits_FR: Tensor, ids_R: Tensor, vocab_size: int) -> Tensor:
-    """Logits of a draft vocabulary in the target's ids, `[F, V]`: so low for every other token that its probability is 0.
+    """Logits of a draft vocabulary in the target's ids, `[F, V]`; of other tokens so low that their probability is 0.
 
     Not -inf: where processors ban all that the drafter knows, what they allow remains a distribution.
     """
@@ -103,8 +103,8 @@ def grow(
     `prefix`: the text so far, which ends with the root token. At temperature 0 children are the top tokens; above it
     they are drawn as the verifier wants: by the shared race, sampled without replacement, or the top ones.
 
-    `ids_R`: for a drafter whose logits are those of a draft vocabulary, `[F, R]`: the target's id of each column, int64,
-    distinct, on the logits' device. Top tokens are then found among R columns; what is drawn, is drawn among V.
+    `ids_R`: for a drafter whose logits are those of a draft vocabulary, `[F, R]`: the target's id of each column,
+    int64, distinct, on the logits' device. Top tokens are then found among R columns; what is drawn, is drawn among V.
 
     Lossless: yes. Which drawn nodes are kept depends on their own tokens only where nodes are not sampled.
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from specdec.errors import InputError
 from specdec.costs import Costs
+from specdec.errors import InputError
 from specdec.policy import Average, Constant, Plan, Policy, PolicyRun, RoundFacts, check_k
 from specdec.tree import structure
 

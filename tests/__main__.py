@@ -30,9 +30,19 @@ def main() -> None:
         run("install for the type check", *install, SPECDEC_NATIVE="0")  # types need no compiled kernels
         config = str(ROOT / "pyproject.toml")
         run("types", "mypy", "--config-file", config, "-p", "specdec", cwd=Path(folder))
-    run("tests", "pytest", *sys.argv[1:])
+    # As many processes as cores, each on one thread: tiny models have no use for more.
+    spread = ("-n", "auto", "--dist", "worksteal")
+    run("tests", "pytest", *spread, *sys.argv[1:], OMP_NUM_THREADS="1")
     if not sys.argv[1:]:
-        run("contracts on the stock step", "pytest", "-q", "tests/contracts", SPECDEC_NATIVE="0")
+        run(
+            "contracts on the stock step",
+            "pytest",
+            "-q",
+            *spread,
+            "tests/contracts",
+            SPECDEC_NATIVE="0",
+            OMP_NUM_THREADS="1",
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from specdec.chance import Chance
@@ -28,7 +30,7 @@ class Recursive(Verifier):
     """
 
     trees = True
-    draws = (Draw.SAMPLED, Draw.POINT)
+    draws: ClassVar[tuple[Draw, ...]] = (Draw.SAMPLED, Draw.POINT)
 
     @property
     def name(self) -> str:

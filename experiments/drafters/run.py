@@ -102,11 +102,11 @@ def main() -> None:
     for path in sorted(args.out.glob("embedded-t*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         text += (
-            f"\n## Temperature {result['temperature']:g}, {result['date']}\n\n"
-            f"`python experiments/drafters/run.py` on {result['machine']}, {result['threads']} thread(s), float32, "
-            f"torch {result['torch']}, transformers {result['transformers']}; {result['clean_slices']}/{result['slices']} "
-            "clean slices. Median of paired ratios over the plain loop, whole calls, bootstrap 95 % intervals. "
-            "`efficiency`: of what bare target forwards and the draft stage would allow.\n\n" + table(result) + "\n"
+            f"\n## Temperature {result['temperature']:g}, {result['date']}\n\n`python experiments/drafters/run.py` on "
+            f"{result['machine']}, {result['threads']} thread(s), float32, torch {result['torch']}, transformers "
+            f"{result['transformers']}; {result['clean_slices']}/{result['slices']} clean slices. Median of paired ratios "
+            "over the plain loop, whole calls, bootstrap 95 % intervals. `efficiency`: of what bare target forwards and "
+            "the draft stage would allow.\n\n" + table(result) + "\n"
         )
     (args.out / "results.md").write_text(text, encoding="utf-8")
     print(text)

@@ -6,12 +6,12 @@ from functools import cache
 from typing import Any
 
 import pytest
-import tiny_dflash
 import tiny_models
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from specdec.drafters import ModelDrafter, NgramDrafter, NoDrafter, SuffixDrafter
+from specdec.drafters import ModelDrafter, NgramDrafter
+from tiny_drafters import DRAFTERS, NOISE, shared, target
 
 import specdec
 from specdec import registry
@@ -22,37 +22,20 @@ from specdec.policy import Confidence, Fixed, Throughput
 # Ragged: one token, more than a prefill chunk, repetitions for the lookup drafters.
 PROMPTS = [[9], [3, 5, 7, 3, 5, 7, 3, 5], list(range(1, 62)) * 3, [1, 2] * 20, [50, 40, 30]]
 COUNT = 18
-DRAFTERS = {
-    "model": lambda dtype: ModelDrafter(draft(dtype)),
-    "ngram": lambda dtype: NgramDrafter(),
-    "none": lambda dtype: NoDrafter(),
-    "parallel": lambda dtype: tiny_dflash.drafter(target(dtype), block_draft()),
-    "suffix": lambda dtype: SuffixDrafter(),
-}
 POLICIES = {"fixed": Fixed(3), "tree": Fixed(2, (2, 2)), "confidence": Confidence(0.5, k=5)}
 
 
 @cache
-def target(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
-    return tiny_models.tiny("gpt-neox", dtype=dtype)
-
-
-@cache
-def draft(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
-    return tiny_models.noisy(target(dtype), 0.03)
-
-
-@cache
-def block_draft() -> torch.nn.Module:
-    return tiny_dflash.fitted(target(), PROMPTS[1] + tiny_models.reference(target(), PROMPTS[1], 30), steps=60)
+def draft(dtype: torch.dtype) -> torch.nn.Module:
+    return tiny_models.noisy(tiny_models.tiny("gpt-neox", dtype=dtype), NOISE)
 
 
 @cache
 def decoder(drafter: str, verifier: str, policy: str, dtype: torch.dtype) -> specdec.SpeculativeDecoder:
     rule = registry.create("verifier", verifier)
     return specdec.SpeculativeDecoder(
-        target(dtype),
-        drafter=DRAFTERS[drafter](dtype),
+        target() if dtype == torch.float64 else tiny_models.tiny("gpt-neox", dtype=dtype),
+        drafter=shared(drafter) if dtype == torch.float64 else ModelDrafter(draft(dtype)),
         verifier=rule,
         policy=POLICIES.get(policy) or Throughput(k=3, limit=5, probe_every=4),
         allow_lossy=not rule.lossless,
@@ -67,8 +50,8 @@ def alone(prompt: tuple[int, ...], temperature: float, seed: int, count: int = C
 def fitting() -> list[tuple[str, str, str]]:
     assert set(registry.available("drafter")) == set(DRAFTERS), "add the new drafter here, so that it is tested"
     found = []
-    for name, make in DRAFTERS.items():
-        kind = type(make(torch.float64))
+    for name in DRAFTERS:
+        kind = shared(name)
         for rule in registry.available("verifier"):
             verifier = registry.create("verifier", rule)
             if verifier.choose_draw(kind.draws) is not None:
