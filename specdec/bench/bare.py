@@ -76,7 +76,10 @@ def _step(session: Session, width: int) -> Step:
     start = session.num_cached
     tokens = torch.tensor([session.tokens[i % len(session.tokens)] for i in range(width)], dtype=torch.int64)
     block = torch.ones(width, width, dtype=torch.bool).tril()
-    return Step(tokens, start, block, torch.arange(start, start + width), start, width)
+    capabilities = session.backend.capabilities
+    read = capabilities.input_width
+    inputs = torch.zeros(width, read, dtype=capabilities.dtype, device=capabilities.device) if read else None
+    return Step(tokens, start, block, torch.arange(start, start + width), start, width, inputs_MW=inputs)
 
 
 def forwards(

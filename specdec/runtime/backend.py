@@ -30,6 +30,7 @@ class Capabilities:
     trees: bool = True
     hidden_states: bool = True
     widths: tuple[int, ...] | None = None  # None: any number of rows
+    input_width: int = 0  # of what each row reads besides its token; 0: nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,8 +179,9 @@ class Backend(ABC):
         context = self.capabilities.context
         if self._slot_bytes is None:
             twin = self.fork(0)
-            row = torch.zeros(1, dtype=torch.int64)
-            twin.forward(Step(row, 0, torch.ones(1, 1, dtype=torch.bool), row, 0, 1))
+            row, width = torch.zeros(1, dtype=torch.int64), self.capabilities.input_width
+            inputs = torch.zeros(1, width, dtype=self.capabilities.dtype) if width else None
+            twin.forward(Step(row, 0, torch.ones(1, 1, dtype=torch.bool), row, 0, 1, inputs_MW=inputs))
             self._slot_bytes = twin.num_bytes / bucket(1, context)
         return round(self._slot_bytes * bucket(length, context))
 

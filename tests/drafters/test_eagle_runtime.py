@@ -14,6 +14,7 @@ import torch
 from specdec.drafters import EagleDrafter
 
 import specdec
+from specdec.bench.bare import forwards
 from specdec.drafter import BuildContext
 from specdec.formats import eagle as files
 from specdec.kernels import ops
@@ -157,6 +158,16 @@ def test_a_text_longer_than_the_heads_context_goes_on_without_it(target: Any) ->
         assert out.trace.rounds[-1].num_nodes == 0
         long = decoder.generate(PROMPT * 3, max_new_tokens=6, strict=True)
         assert long.tokens == tiny_models.reference(target, PROMPT * 3, 6)
+
+
+def test_the_memory_of_a_text_is_known_beforehand(target: Any) -> None:
+    drafter = EagleDrafter(tiny_eagle.head(target))
+    decoder = specdec.SpeculativeDecoder(target, drafter=drafter, policy=Fixed(3), memory_budget=1 << 24)
+    assert decoder.generate(PROMPT, max_new_tokens=8, strict=True).tokens == tiny_models.reference(target, PROMPT, 8)
+    assert drafter.bytes_for(100) == drafter.bytes_for(128) > 128 * 2 * 2 * 8 * 8 - 1
+    assert "draft" in {kind for kind, _ in forwards(decoder, PROMPT, [1, 2])[0]}
+    calls, _ = forwards(decoder, PROMPT, [1])
+    calls["draft", 1]()
 
 
 def test_padded_ids_that_the_head_does_not_know(target: Any) -> None:

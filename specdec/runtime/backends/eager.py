@@ -32,6 +32,7 @@ class EagerBackend(Backend):
             context=context,
             device=next(model.parameters()).device,
             dtype=model.dtype,
+            input_width=int(getattr(model, "input_width", 0)),
         )
         self.cache = cache or SlotCache(self.config.num_hidden_layers, context)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
