@@ -52,7 +52,8 @@ def fitting() -> list[tuple[str, str, str]]:
     found = []
     for name in DRAFTERS:
         kind = shared(name)
-        for rule in registry.available("verifier"):
+        # Every drafter under the default rule, every rule with a model and with a lookup.
+        for rule in registry.available("verifier") if name in ("model", "ngram") else ("coupled",):
             verifier = registry.create("verifier", rule)
             if verifier.choose_draw(kind.draws) is not None:
                 found.append((name, rule, "fixed"))
