@@ -40,6 +40,8 @@ class EagleState:
     request: Request
     text: History  # all tokens
     session: Session  # of the head: all tokens but the first
+    ids_R: Tensor | None  # of the draft vocabulary, where it is not the target's
+    columns: Tensor | None  # of the head's logits that `ids_R` names; None: all
 
 
 class EagleDrafter(ModelRunner):
@@ -64,6 +66,7 @@ class EagleDrafter(ModelRunner):
         ids_R = head.draft_ids
         #: None where the draft vocabulary is the target's.
         self._ids_R = None if bool((ids_R == torch.arange(len(ids_R), device=ids_R.device)).all()) else ids_R
+        self._largest_id = int(ids_R.max())
         self._num_known = head.embed_tokens.weight.shape[0]
 
     @classmethod
@@ -110,7 +113,11 @@ class EagleDrafter(ModelRunner):
     def start(self, request: Request) -> EagleState:
         # Keys and values depend on the first token too, by the target's states.
         session = Session(self._backend.fork(0), hidden=(OWN,), salt=request.prompt[0])
-        state = EagleState(request, History(request.prompt), session)
+        ids_R, columns = self._ids_R, None
+        if ids_R is not None and self._largest_id >= request.vocab_size:  # padding that the target lacks
+            columns = (ids_R < request.vocab_size).nonzero()[:, 0]
+            ids_R = ids_R[columns]
+        state = EagleState(request, History(request.prompt), session, ids_R, columns)
         self._feed(state, request.prompt[1:])
         return state
 
@@ -128,17 +135,10 @@ class EagleDrafter(ModelRunner):
             rows = yield from session.forwarding(ran, inputs)
             assert rows.hidden is not None
             own_NH = rows.hidden if own_NH is None else torch.cat((own_NH, rows.hidden))
-            return self._in_target_ids(rows.logits, state.request.vocab_size)
+            return rows.logits if state.columns is None else rows.logits[:, state.columns]
 
-        grown = yield from grow(expand, plan, state.request, state.text, chance)
+        grown = yield from grow(expand, plan, state.request, state.text, chance, state.ids_R)
         return grown.proposal
-
-    def _in_target_ids(self, logits_FR: Tensor, vocab_size: int) -> Tensor:
-        if self._ids_R is None:
-            return logits_FR
-        logits_FV = logits_FR.new_full((len(logits_FR), max(vocab_size, self._num_known)), -torch.inf)
-        logits_FV[:, self._ids_R] = logits_FR
-        return logits_FV
 
     def observe(self, state: EagleState, outcome: Outcome) -> EagleState:
         state.text.extend(outcome.tokens)

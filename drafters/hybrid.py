@@ -119,7 +119,7 @@ class HybridDrafter(ModelRunner):
         return HybridState(request, self.retrieval.start(request), neural)
 
     def proposing(self, state: HybridState, plan: Plan, chance: Chance) -> Steps[Proposal]:
-        found = self.retrieval.propose(state.retrieval, replace(plan, depth=plan.deepest, shape=()), chance)
+        found = self.retrieval.propose(state.retrieval, Plan(plan.deepest, stop_below=plan.stop_below), chance)
         name = f"{self.retrieval.name} {_bin(len(found.tree))}" if len(found.tree) else ""
         if _wants_trees(plan):
             return (yield from self._both(state, plan, chance, found, name))
@@ -169,7 +169,7 @@ class HybridDrafter(ModelRunner):
         state.since_retrieval = 0 if looked_up else state.since_retrieval + 1
         state.retrieval = self.retrieval.observe(state.retrieval, outcome)
         state.neural = self.neural.observe(state.neural, _part(outcome, state.num_neural))
-        state.proposed = ""
+        state.proposed, state.num_neural = "", 0  # a round without drafting does not come by `proposing`
         return state
 
     def warmup(self) -> None:

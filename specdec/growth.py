@@ -108,6 +108,8 @@ def grow(
 
     Lossless: yes. Which drawn nodes are kept depends on their own tokens only where nodes are not sampled.
     """
+    if plan.depth < 1:  # the drafter's context is full
+        return Grown(Proposal.empty(), ())
     draw = Draw.POINT if request.sampling.is_greedy else request.draw
     if plan.budget:
         draw = Draw.SHARED if draw is Draw.SHARED else Draw.POINT

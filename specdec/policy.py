@@ -241,6 +241,8 @@ class Average:
         self.total, self.weight = self.total * keep + value, self.weight * keep + 1
 
     def mean(self, prior: float = 0.0, strength: float = 0.0) -> float:
+        if not self.weight + strength:  # of nothing
+            return prior
         return (self.total + prior * strength) / (self.weight + strength)
 
 

@@ -37,7 +37,8 @@ class StaticTree(Policy):
     def __post_init__(self) -> None:
         if not self.shape:
             raise InputError("a static tree has at least one node")
-        structure(tuple(self.shape))  # raises when a parent does not come before its children
+        object.__setattr__(self, "shape", tuple(self.shape))
+        structure(self.shape)  # raises when a parent does not come before its children
 
     @classmethod
     def of_choices(cls, choices: Sequence[Sequence[int]]) -> StaticTree:

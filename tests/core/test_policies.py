@@ -16,6 +16,8 @@ class Facts:
     num_evaluated: int
     num_nodes: int
     seconds: dict[str, float] = field(default_factory=dict)
+    drafter: str = "model"
+    expected: float | None = None
 
 
 def play(run: ThroughputRun, rounds: int, accept: list[int], draft: float, verify: float, per_row: float) -> list[int]:
@@ -94,10 +96,16 @@ def test_throughput_measures_a_plain_round_before_it_decides() -> None:
 def test_throughput_interpolates_what_it_measured() -> None:
     run = Throughput(k=4).start()
     play(run, 3, [4], 0.5, 1.0, 0.25)
-    rates = run.rates()
-    assert rates[0] == pytest.approx(1.0)
+    costs = run.costs()
+    assert costs.round(0, 0) == pytest.approx(1.0)
+    assert costs.round(2, 2) == pytest.approx(1.5 + 2 * 0.5)
+    assert costs.round(2, 2, "model") == costs.round(2, 2, "somebody else") == costs.round(2, 2)
+    survival = run.survival()
     accepted = run.acceptance()
-    assert rates[2] == pytest.approx((1 + accepted[0] + accepted[0] * accepted[1]) / (1.5 + 2 * 0.5))
+    assert survival[1] == pytest.approx(accepted[0] * accepted[1])
+    best, rate = costs.best_length(survival)
+    rates = [(1 + sum(survival[:k])) / costs.round(k, k) for k in range(len(survival) + 1)]
+    assert (best, rate) == (rates.index(max(rates)), pytest.approx(max(rates)))
 
 
 def test_heuristic_goes_two_up_and_one_down() -> None:

@@ -128,22 +128,25 @@ def states_of(target: Any, tokens: Sequence[int], ids: Sequence[int]) -> list[li
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[int], Tensor]]:
-    """Every row that a drafter's head computed: the text before it, the drafted path to it, its logits."""
+    """Every row that a drafter's head computed: the text before it, the path to it, its logits in target ids."""
     seen: list[tuple[list[int], list[int], Tensor]] = []
     grow = module.grow
 
-    def spying(expand: Any, plan: Any, request: Any, prefix: Any, chance: Any) -> Any:
+    def spying(expand: Any, plan: Any, request: Any, prefix: Any, chance: Any, ids_R: Tensor | None) -> Any:
         text, done = list(prefix), [0]
 
         def recorded(ran: Any) -> Any:
             logits = yield from expand(ran)
             new = range(done[0] - 1, len(ran))
             for node, row in zip(new, logits, strict=True):
-                seen.append((text, [int(ran.tokens[n]) for n in ran.path(node)], row.clone()))
+                whole = row.clone()
+                if ids_R is not None:
+                    whole = torch.full((VOCAB,), -torch.inf, dtype=row.dtype).index_copy_(0, ids_R, row)
+                seen.append((text, [int(ran.tokens[n]) for n in ran.path(node)], whole))
             done[0] = len(ran) + 1
             return logits
 
-        return grow(recorded, plan, request, prefix, chance)
+        return grow(recorded, plan, request, prefix, chance, ids_R)
 
     monkeypatch.setattr(module, "grow", spying)
     return seen
