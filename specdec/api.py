@@ -20,9 +20,8 @@ from specdec.loading import EMBEDDED, load_model, load_tokenizer, resolve_drafte
 from specdec.policy import Policy
 from specdec.prompting import Prompt, Prompts, encode, eos_ids, fitting_ids, is_several
 from specdec.proposal import Draw
-from specdec.runtime.cache import bucket
 from specdec.runtime.choose import fastest_dtype, open_backend
-from specdec.runtime.features import Features
+from specdec.runtime.features import Features, capacity
 from specdec.runtime.prefix import PrefixCache, default_bytes
 from specdec.runtime.session import Session
 from specdec.sampling import Sampling
@@ -194,7 +193,7 @@ class SpeculativeDecoder:
         target, draft = self.backend.bytes_for(length), drafter.bytes_for(length)
         if drafter.hidden:
             width = len(drafter.hidden) * self.target.config.get_text_config(decoder=True).hidden_size
-            draft += bucket(length, length) * width * self.backend.capabilities.dtype.itemsize
+            draft += capacity(length) * width * self.backend.capabilities.dtype.itemsize
         if target + draft > self.memory_budget:
             raise MemoryBudgetError(
                 f"{request.max_length} tokens (the prompt has {len(request.prompt)}) need {target:,} bytes of keys and "

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from specdec.runtime.session import Session
 
 
+# Rows follow the buckets of caches: what limits these limits them too.
+_NO_LIMIT = 1 << 40
+
+
+def capacity(length: int) -> int:
+    """Rows that a store of `length` of them has room for."""
+    return bucket(length, _NO_LIMIT)
+
+
 class FeatureStore:
     """Rows `[W]` by slot, like one more cache: written by steps, gathered by commits, forgotten by an index."""
 
@@ -29,7 +38,7 @@ class FeatureStore:
         end = start + len(rows_MW)
         old = self._rows_SW
         if old is None or end > len(old):
-            self._rows_SW = rows_MW.new_empty(bucket(end, end), rows_MW.shape[1])
+            self._rows_SW = rows_MW.new_empty(capacity(end), rows_MW.shape[1])
             if old is not None:
                 self._rows_SW[: len(old)] = old
         assert self._rows_SW is not None

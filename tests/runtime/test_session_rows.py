@@ -15,7 +15,7 @@ from specdec.errors import InputError
 from specdec.kernels import ops
 from specdec.runtime import cache as cache_module
 from specdec.runtime import session as session_module
-from specdec.runtime.features import Features
+from specdec.runtime.features import Features, FeatureStore, capacity
 from specdec.runtime.session import Rows, Session
 from specdec.tree import TokenTree
 
@@ -238,3 +238,13 @@ def test_the_window_matters_in_these_tests(name: str) -> None:
     bias = blind.backend._bias
     blind.backend._bias = lambda step, sliding: bias(step, False)
     assert float((blind.forward().logits[-1] - right).abs().max()) > 1e-3
+
+
+def test_hidden_states_grow_by_buckets() -> None:
+    """A round appends a few rows, and copies none of those before them."""
+    store, sizes = FeatureStore(), set()
+    for row in range(300):
+        store.write(row, torch.full((1, 2), float(row)))
+        sizes.add(store.num_bytes)
+    assert store.read(0, 300)[:, 0].tolist() == list(range(300))
+    assert len(sizes) == len({capacity(n) for n in range(1, 301)}) < 100

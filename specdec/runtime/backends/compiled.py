@@ -240,13 +240,11 @@ class CompiledBackend(Backend):
                 given = [step.inputs_MW for step in steps if step.inputs_MW is not None]
                 inputs = torch.cat(given) if len(given) > 1 else given[0]
             logits, *exposed = shared.run(tokens, positions, rows, inputs)
-        if len(steps) == 1:
-            return [StepResult(logits, shared.hidden_rows(steps[0].hidden, exposed))]
-        of_each = [list(rows) for rows in zip(*(h.split([s.num_rows for s in steps]) for h in exposed), strict=True)]
-        return [
-            StepResult(part, shared.hidden_rows(step.hidden, of_each[i] if of_each else ()))
-            for i, (part, step) in enumerate(zip(logits.split([s.num_logits for s in steps]), steps, strict=True))
-        ]
+            states = [h.split([s.num_rows for s in steps]) for h in exposed]
+            # Still locked: another thread may expose other states, which then come in another order.
+            hidden = [shared.hidden_rows(step.hidden, [h[i] for h in states]) for i, step in enumerate(steps)]
+        parts = logits.split([s.num_logits for s in steps]) if len(steps) > 1 else (logits,)
+        return [StepResult(part, rows) for part, rows in zip(parts, hidden, strict=True)]
 
     def _place(self, step: Step) -> None:
         """Name this sequence's rows and slots to the next call."""

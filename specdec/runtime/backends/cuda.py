@@ -281,15 +281,12 @@ class CudaBackend(Backend):
                 place(backend._slots, step, backend.capabilities.context)
             pairs = [(backend._slots, step) for backend, step in zip(backends, steps, strict=True)]
             (logits, *exposed), all_rows = shared.run(pairs)
-        rows = [step.num_rows for step in steps]
-        states = [h.split(rows) for h in exposed]
-        results = []
-        for i, (part, step) in enumerate(
-            zip(logits.split(rows if all_rows else [step.num_logits for step in steps]), steps, strict=True)
-        ):
-            hidden = shared.hidden_rows(step.hidden, [h[i] for h in states])
-            results.append(StepResult(part[-step.num_logits :], hidden))
-        return results
+            rows = [step.num_rows for step in steps]
+            states = [h.split(rows) for h in exposed]
+            # Still locked: another thread may expose other states, which then come in another order.
+            hidden = [shared.hidden_rows(step.hidden, [h[i] for h in states]) for i, step in enumerate(steps)]
+        parts = logits.split(rows if all_rows else [step.num_logits for step in steps])
+        return [StepResult(part[-step.num_logits :], own) for part, step, own in zip(parts, steps, hidden, strict=True)]
 
     @torch.inference_mode()
     def gather(self, slots: Sequence[int], start: int) -> None:
