@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
 from specdec import registry
 from specdec.drafter import BuildContext, Drafter
@@ -18,6 +20,11 @@ from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelEr
 EMBEDDED = Path(__file__).parent / "pair"
 # Where a drafter's own configuration says what it is.
 DRAFTER_KEY = "specdec_drafter"
+_MODEL = "model"  # what drafts with a whole model
+# A published head may call itself a model of as many layers at most: only its weights tell.
+_HEAD_LAYERS = 4
+# Of a head on the hub: no code, and pickled weights only where there are no others.
+_HEAD_FILES, _PICKLED = ["*.json", "*.safetensors", "tokenizer*", "mask_embedding.pt"], ["*.bin", "*.pt"]
 
 
 def default_device() -> torch.device:
@@ -118,7 +125,7 @@ def _folder_config(source: str) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     return config if isinstance(config, dict) else {}
 
@@ -132,26 +139,65 @@ def _drafter_of(source: str) -> str:
         for name in registry.available("drafter"):
             if registry.find("drafter", name).recognises(config, Path(source)):
                 return name
-    return "model"
+    return _MODEL
+
+
+def _from_hub(source: str) -> tuple[str, str]:
+    """The drafter whose weights a hub id stands for, and their place: the id itself for a whole model, else a folder.
+
+    Only the configuration is downloaded to find out, and where that leaves it open, the weights of a few layers.
+    Raises `UnsupportedModelError` when a head's files cannot be had.
+    """
+    try:
+        found = cached_file(source, "config.json")
+    except (OSError, ValueError):  # nobody there, or no network: loading the model says which
+        found = None
+    if found is None:
+        return _MODEL, source
+    folder = str(Path(found).parent)
+    layers = _folder_config(folder).get("num_hidden_layers")
+    if _drafter_of(folder) == _MODEL and not (isinstance(layers, int) and layers <= _HEAD_LAYERS):
+        return _MODEL, source
+    try:
+        folder = snapshot_download(source, allow_patterns=_HEAD_FILES, ignore_patterns=["*/*"])
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(source, allow_patterns=[*_HEAD_FILES, *_PICKLED], ignore_patterns=["*/*"])
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedModelError(
+            f"cannot download the drafter {source}: {first}. Download its files where there is a network, and give "
+            "their folder"
+        ) from error
+    drafter = _drafter_of(folder)
+    return drafter, source if drafter == _MODEL else folder
 
 
 def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Drafter:
-    """`drafter`: a plugin's name, a folder or hub id of weights, a loaded model, a `Drafter`, or None."""
+    """`drafter`: a plugin's name, a folder or hub id of weights, a loaded model, a `Drafter`, or None.
+
+    Weights may be those of a whole model, or of a head in any layout that a drafter recognises. Raises `InputError` for
+    options of a drafter that is made already.
+    """
     if isinstance(drafter, Drafter):
+        if options:
+            raise InputError(
+                f"the {drafter.name} drafter is made already: give it {', '.join(sorted(options))} when you make it, "
+                "or name the drafter"
+            )
         return drafter
     if isinstance(drafter, torch.nn.Module):
-        wrapped: Drafter = registry.find("drafter", "model")(drafter, **{"backend": context.backend, **options})
+        wrapped: Drafter = registry.find("drafter", _MODEL)(drafter, **{"backend": context.backend, **options})
         return wrapped
     if drafter is None:
         drafter = "none"
     name = str(drafter)
     if name in registry.available("drafter"):
-        own = EMBEDDED / "draft" if name == "model" else EMBEDDED / name
+        own = EMBEDDED / "draft" if name == _MODEL else EMBEDDED / name
         source = str(own) if context.target_source == str(EMBEDDED / "target") and own.is_dir() else None
         plugin = registry.find("drafter", name)
     elif Path(name).is_dir() or "/" in name:
-        source = name
-        plugin = registry.find("drafter", _drafter_of(name))
+        kind, source = (_drafter_of(name), name) if Path(name).is_dir() else _from_hub(name)
+        plugin = registry.find("drafter", kind)
     else:
         registry.find("drafter", name)  # raises, with the nearest names
         raise AssertionError("unreachable")
