@@ -20,6 +20,7 @@ from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelEr
 EMBEDDED = Path(__file__).parent / "pair"
 # Where a drafter's own configuration says what it is.
 DRAFTER_KEY = "specdec_drafter"
+_TOKENIZER_FILES = ("token*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
 _MODEL = "model"  # what drafts with a whole model
 # A published head may call itself a model of as many layers at most: only its weights tell.
 _HEAD_LAYERS = 4
@@ -92,6 +93,10 @@ def load_model(
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer that stands beside the weights, or None when there is none."""
+    folder = Path(source)
+    if folder.is_dir() and not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        # transformers would make an empty one of the model's kind.
+        return None
     try:
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):

@@ -20,6 +20,7 @@ from specdec.drafter import BuildContext
 from specdec.errors import DrafterWarning, IncompatiblePairError, InputError, UnsupportedModelError
 from specdec.formats import dflash as files
 from specdec.formats.dflash_check import check_convention
+from specdec.loading import load_tokenizer
 from specdec.models.dflash_text import DFlashNetwork
 
 TOKENS = [3, 5, 7, 3, 50, 7, 3, 5, 9, 11, 2, 60]
@@ -389,3 +390,9 @@ def test_what_a_layout_cannot_say_is_refused(tmp_path: Path) -> None:
     small, _ = files.read(speculators(tmp_path / "d2t", more=more, draft_vocab_size=3))
     with pytest.raises(InputError, match="draft vocabulary"):
         files.write(tmp_path / "out", small, 64)
+
+
+def test_a_folder_without_tokenizer_files_has_no_tokenizer(tmp_path: Path) -> None:
+    """`transformers` makes an empty one for some kinds of model, which would look like another tokenizer."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 64}))
+    assert load_tokenizer(tmp_path) is None
