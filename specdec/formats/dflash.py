@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.formats.files import read_config, read_tensors
+from specdec.formats.files import load_pickled, read_config, read_tensors
 from specdec.loading import DRAFTER_KEY
 from specdec.models.dflash import DFlashConfig, DFlashModel
 from specdec.runtime.cache import layer_types
@@ -196,7 +196,7 @@ def read(folder: Path, convention: str | None = None) -> tuple[DFlashModel, str]
 
 
 def _only_tensor(path: Path) -> Tensor:
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    found = load_pickled(path)
     if isinstance(found, Mapping) and len(found) == 1:
         found = next(iter(found.values()))
     if not isinstance(found, Tensor):

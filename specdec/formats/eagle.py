@@ -8,7 +8,6 @@ names the input of that layer in all of them, `hidden_states[id]`; where a publi
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.formats.files import read_config, read_tensors
+from specdec.formats.files import load_pickled, read_config, read_tensors
 from specdec.loading import DRAFTER_KEY
 from specdec.models.eagle import LAYERS, EagleConfig, EagleModel
 from specdec.models.eagle_build import own_tensors
@@ -72,9 +71,10 @@ def _shape_in(folder: Path, name: str) -> list[int] | None:
             with safe_open(folder / _WEIGHTS, "pt") as file:
                 return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118
         if (folder / _PICKLED).is_file():
-            found = torch.load(folder / _PICKLED, map_location="meta", weights_only=True).get(name)
-            return None if found is None else list(found.shape)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError):
+            content = load_pickled(folder / _PICKLED, "meta")
+            found = content.get(name) if isinstance(content, Mapping) else None
+            return list(found.shape) if isinstance(found, Tensor) else None
+    except (OSError, RuntimeError, SafetensorError, UnsupportedModelError):
         return None
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,45 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UnsupportedModelError(f"{path} cannot be read: {error}; give a folder with a config.json") from error
     if not isinstance(config, dict):
         raise UnsupportedModelError(f"{path} is not a JSON object")
     return config
 
 
+def load_pickled(path: Path, location: str = "cpu", mmap: bool = False) -> Any:
+    """What a pickled file holds, read with `weights_only=True`, which runs no code. Raises `UnsupportedModelError`."""
+    try:
+        # torch maps no files in its format of before 2020.
+        return torch.load(path, map_location=location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise UnsupportedModelError(
+            f"cannot read {path}: it is pickled with code that would run, or damaged; convert it where you trust it, "
+            "with safetensors.torch.save_file(dict of tensors, file)"
+        ) from error
+    except Exception as error:  # a damaged file raises whatever its reader stumbles over
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedModelError(f"cannot read {path}: {first}") from error
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files that an index of weights names."""
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UnsupportedModelError(f"{path} cannot be read: {error}; download it again") from error
+    names = named.get("weight_map") if isinstance(named, Mapping) else None
+    if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names.values()):
+        raise UnsupportedModelError(f"{path} has no weight_map of file names; download it again")
+    return sorted(set(names.values()))
+
+
 def _files(folder: Path) -> list[Path]:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            names = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
             # A name is a file beside the index, never a path that leads elsewhere.
-            return [folder / Path(name).name for name in sorted(set(names))]
+            return [folder / Path(name).name for name in _indexed(folder / index)]
     found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not found:
         raise UnsupportedModelError(f"{folder} holds no weights: neither *.safetensors nor pytorch_model.bin")
@@ -43,17 +70,13 @@ def _files(folder: Path) -> list[Path]:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's weights by name, on the CPU, as they are stored; safetensors are preferred.
 
-    Pickled files are read with `weights_only=True`, which runs no code. Raises `UnsupportedModelError`.
+    Raises `UnsupportedModelError` where they cannot be read without running code.
     """
     tensors: dict[str, Tensor] = {}
     for path in _files(folder):
         try:
-            content = (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            content = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise UnsupportedModelError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
         if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
             raise UnsupportedModelError(f"{path} is not a table of tensors")

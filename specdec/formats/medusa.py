@@ -14,7 +14,6 @@ say 2 heads beside files with 5. Pickled files are read with `weights_only=True`
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.errors import InputError, UnsupportedModelError
+from specdec.formats.files import load_pickled, read_config
 from specdec.formats.medusa_heads import HeadShape, MedusaHeads, output_rows
 from specdec.loading import DRAFTER_KEY, EMBEDDED, load_model
 from specdec.policy import MAX_DEPTH
@@ -51,17 +51,8 @@ def recognises(config: Mapping[str, Any], folder: Path) -> bool:
 # ---------------------------------------------------------------- reading
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return config
+def _config(folder: Path) -> dict[str, Any]:
+    return read_config(folder) if (folder / "config.json").is_file() else {}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -83,14 +74,9 @@ def _open(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
             # The handle lives as long as the function that reads from it.
             handle = safe_open(path, framework="pt")
             return list(handle.keys()), handle.get_tensor
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UnsupportedModelError(
-            f"{path} is pickled with code that would run when it is read; convert it where you trust it: "
-            "safetensors.torch.save_file(dict of tensors, 'medusa_lm_head.safetensors')"
-        ) from error
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise UnsupportedModelError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    weights = load_pickled(path, mmap=True)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UnsupportedModelError(f"{path} does not hold a dictionary of tensors")
     return list(weights), weights.__getitem__
@@ -211,7 +197,7 @@ def read(folder: str | Path) -> MedusaHeads:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; download the heads first, then name the folder that holds them")
-    config = _read_config(folder)
+    config = _config(folder)
     own = config.get(DRAFTER_KEY) == NAME
     if own and not {"vocab_size", "hidden_size"} <= config.keys():
         raise InputError(f"{folder}/config.json lacks vocab_size or hidden_size")
@@ -275,7 +261,7 @@ def export(source: Path, folder: Path, layout: str) -> None:
 
     Raises `InputError` for what the layout cannot say.
     """
-    heads, base = read(source), str(_read_config(source).get("base_model_name_or_path", ""))
+    heads, base = read(source), str(_config(source).get("base_model_name_or_path", ""))
     shape = heads.shape
     if layout not in _EXPORTS:
         raise InputError(f"Medusa heads have no {layout!r} layout; there are: {', '.join(_EXPORTS)}")
