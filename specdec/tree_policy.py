@@ -101,7 +101,8 @@ class AdaptiveTreeRun(PolicyRun):
 
     def costs(self) -> Costs:
         verify = {width: average.mean() for width, average in self.verify.items()}
-        return Costs(verify, draft_average=self.level.mean(), other=self.other.mean())
+        level = self.level.mean() if self.level.weight else 0.0
+        return Costs(verify, draft_average=level, other=self.other.mean())
 
     def plan(self) -> Plan:
         policy = self.policy
@@ -109,7 +110,7 @@ class AdaptiveTreeRun(PolicyRun):
             # Measure first: one plain round, and two of a tree as small as a chain.
             return Plan(0) if self.rounds == 1 else Plan(policy.k, budget=policy.k, width=policy.width)
         costs = self.costs()
-        drafting = self.emitted.mean() / max(self.seconds.mean(), 1e-9)
+        drafting = self.emitted.total / max(self.seconds.total, 1e-9)  # of drafted rounds; 0 while there are none
         if drafting >= 1 / costs.round(0, 0):
             self.pause = 2
         elif self.since_drafted < self.pause:
