@@ -133,9 +133,9 @@ LAWS: tuple[Law, ...] = (
     _model("mixed tree (2,2)", Draw.MIXED, Plan(2, (2, 2)), thin=True),
     Law("mixed siblings, best first", BestFirst(), frozenset({Draw.SAMPLED, Draw.POINT}), 3, 2, trees=True),
     _model("top-k tree (2,2)", Draw.POINT, Plan(2, (2, 2))),
-    _model("top-k tree, 4 most probable nodes", Draw.POINT, Plan(3, budget=4, width=2)),
+    _model("top-k tree, best 4", Draw.POINT, Plan(3, budget=4, width=2)),
     _model("shared-noise tree (2,2)", Draw.SHARED, Plan(2, (2, 2)), thin=True),
-    _model("shared-noise tree, 3 most probable nodes", Draw.SHARED, Plan(2, budget=3, width=2), thin=True),
+    _model("shared-noise tree, best 3", Draw.SHARED, Plan(2, budget=3, width=2), thin=True),
     _model("temperature 0: chain", Draw.POINT, Plan(3), greedy=True),
     _model("temperature 0: tree (2,2)", Draw.POINT, Plan(2, (2, 2)), greedy=True),
 )

@@ -34,11 +34,11 @@ def apart(logits: Tensor, reference: Tensor, tolerance: float) -> float | None:
     return None if share <= tolerance else share
 
 
-def compare(run: Callable[[], Tensor], reference: Tensor, model: Any, tolerance: float | None = None) -> None:
-    """Raise `UnsupportedModelError` unless `run()` gives the reference logits, but for rounding."""
+def compare(run: Callable[[], Tensor], stock: Callable[[], Tensor], model: Any, tolerance: float | None = None) -> None:
+    """Raise `UnsupportedModelError` unless `run()` gives the logits of `stock()`, but for rounding."""
     name = type(model).__name__
     try:
-        mine = run()
+        mine, reference = run(), stock()
     except UnsupportedModelError:
         raise
     except Exception as error:

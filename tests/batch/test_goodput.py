@@ -44,6 +44,7 @@ class Facts:
         self.depth_proposed = self.num_nodes = depth
         self.num_accepted, self.num_evaluated = accepted, accepted + (accepted < depth)
         self.seconds: dict[str, float] = {}
+        self.drafter, self.expected = "model", None
 
 
 def late(chosen: list[list[int]]) -> np.ndarray:

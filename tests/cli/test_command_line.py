@@ -264,7 +264,7 @@ def test_info(run, tmp_path, pair):
     report = json.loads(file.read_text(encoding="utf-8"))
     assert code == 0
     assert report["dtype"] == "bfloat16"
-    assert set(report["plugins"]) == {"drafter", "verifier", "policy", "backend"}
+    assert set(report["plugins"]) == {"drafter", "verifier", "policy", "backend", "trainer"}
     assert report["plugins"]["verifier"]["coupled"]["package"] == "specdec"
     model = report["models"][str(pair / "target")]
     assert model["parameters"] == sum(p.numel() for p in tiny("llama", vocab_size=TEXT_VOCAB).parameters())

@@ -47,7 +47,9 @@ def test_a_pair_without_a_common_way_to_draw_names_the_verifiers_that_fit(target
 
 @pytest.mark.parametrize("verifier", ["ratio", "block"])
 def test_trees_for_a_chain_rule_name_the_verifiers_for_trees(target: Any, verifier: str) -> None:
-    with pytest.raises(IncompatiblePairError, match=r"cannot take trees.*coupled, greedy, match, recursive, traversal"):
+    with pytest.raises(
+        IncompatiblePairError, match=r"cannot take trees.*coupled, greedy, greedy-multi, match, recursive, traversal"
+    ):
         specdec.SpeculativeDecoder(target, drafter=target, verifier=verifier, policy=Fixed(3, (2, 2)))
 
 

@@ -39,7 +39,7 @@ def wobbly(monkeypatch, scale=1 / 16):
                 part = kept[:, :, step.start : step.start + len(step.tokens)]
                 part += scale * (2 * torch.rand(part.shape, generator=noise) - 1).to(part.dtype)
         move = scale * (2 * torch.rand(result.logits.shape, generator=noise) - 1)
-        return type(result)(result.logits + move.to(result.logits.dtype), result.hidden)
+        return type(result)(result.logits + move.to(result.logits.dtype), result.hidden_MW)
 
     monkeypatch.setattr(EagerBackend, "forward", forward)
 
