@@ -166,3 +166,41 @@ class ModelRunner(Drafter):
 
     @abstractmethod
     def proposing(self, state: Any, plan: Plan, chance: Chance) -> Steps[Proposal]: ...
+
+
+class WrappedDrafter(ModelRunner):
+    """`inner`, with something done before or after what it does: override that, the rest is passed on."""
+
+    def __init__(self, inner: Drafter):
+        self.inner = inner
+        self.hidden = inner.hidden
+        self.draws, self.trees, self.trusted = inner.draws, inner.trees, inner.trusted  # type: ignore[misc]
+        self.shares_target = inner.shares_target  # type: ignore[misc]
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def target_backend(self, backend: Backend, model: Any) -> Backend:
+        return self.inner.target_backend(backend, model)
+
+    def warmup(self) -> None:
+        self.inner.warmup()
+
+    def start(self, request: Request) -> Any:
+        return self.inner.start(request)
+
+    def starting(self, request: Request, prefill: Prefill = Session.prefilling) -> Steps[Any]:
+        return (yield from self.inner.starting(request, prefill))
+
+    def proposing(self, state: Any, plan: Plan, chance: Chance) -> Steps[Proposal]:
+        return (yield from self.inner.proposing(state, plan, chance))
+
+    def observe(self, state: Any, outcome: Outcome) -> Any:
+        return self.inner.observe(state, outcome)
+
+    def sessions(self, state: Any) -> Sequence[Session]:
+        return self.inner.sessions(state)
+
+    def bytes_for(self, length: int) -> int:
+        return self.inner.bytes_for(length)

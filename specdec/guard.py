@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.chance import Chance
-from specdec.drafter import Drafter, ModelRunner, Outcome, Prefill, Request
+from specdec.drafter import Drafter, Outcome, Prefill, Request, WrappedDrafter
 from specdec.errors import DrafterError, DrafterWarning
 from specdec.policy import Plan
-from specdec.proposal import Draw, Proposal
+from specdec.proposal import Proposal
 from specdec.runtime.session import Session, Steps, run
 from specdec.trace import Trace
 from specdec.verifier import Verifier
@@ -22,22 +22,15 @@ class _Failed:
     """The state after a failure: nothing is proposed any more."""
 
 
-class GuardedDrafter(ModelRunner):
+class GuardedDrafter(WrappedDrafter):
     """Checks every proposal, and finishes the text by plain decoding when the drafter raises or returns nonsense.
 
     `strict` raises `DrafterError` instead. Lossless: yes; a failed drafter only costs speed.
     """
 
-    draws = frozenset(Draw)
-    trees = True
-
     def __init__(self, inner: Drafter, verifier: Verifier, trace: Trace, strict: bool = False):
-        self.inner, self.verifier, self.trace, self.strict = inner, verifier, trace, strict
-        self.hidden = inner.hidden
-
-    @property
-    def name(self) -> str:
-        return self.inner.name
+        super().__init__(inner)
+        self.verifier, self.trace, self.strict = verifier, trace, strict
 
     def _fail(self, doing: str, error: Exception) -> _Failed:
         message = f"drafter {self.inner.name!r} failed in {doing}: {type(error).__name__}: {error}"
@@ -87,6 +80,3 @@ class GuardedDrafter(ModelRunner):
 
     def sessions(self, state: list[Any]) -> Sequence[Session]:
         return () if isinstance(state[0], _Failed) else self.inner.sessions(state[0])
-
-    def bytes_for(self, length: int) -> int:
-        return self.inner.bytes_for(length)

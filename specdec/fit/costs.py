@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from specdec.errors import InputError
 from specdec.fit.optimum import RoundCost
 from specdec.fit.ranks import comb
 from specdec.policy import Fixed, Policy
@@ -60,7 +61,12 @@ def _expanded(policy: Policy, record: Round) -> int:
 
 
 def fit_costs(rounds: Sequence[Round], expanded: Sequence[int]) -> RoundCost:
-    """Medians by width; drafting by least squares over the medians of each (levels, expanded nodes)."""
+    """Medians by width; drafting by least squares over the medians of each (levels, expanded nodes).
+
+    Raises `InputError` without rounds: those of one-round texts do not count.
+    """
+    if not rounds:
+        raise InputError("no text had a second round, so there are no costs to fit: raise max_new_tokens")
     verify: dict[int, list[float]] = defaultdict(list)
     draft: dict[tuple[int, int], list[float]] = defaultdict(list)
     other = []

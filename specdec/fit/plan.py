@@ -72,8 +72,11 @@ class TreePlan:
             raise InputError(f"{path}: shape is a list of at most {_MOST_NODES} parents")
         if not isinstance(fitted_on, dict):
             raise InputError(f"{path} does not say what it was fitted on; make one with specdec tree")
+        temperature, evidence = found.get("temperature", 0.0), found.get("evidence", {})
+        if not isinstance(temperature, (int, float)) or not isinstance(evidence, dict):
+            raise InputError(f"{path}: temperature is a number, and evidence a table; make one with specdec tree")
         structure(tuple(shape))
-        return TreePlan(tuple(shape), fitted_on, float(found.get("temperature", 0.0)), found.get("evidence", {}))
+        return TreePlan(tuple(shape), fitted_on, float(temperature), evidence)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from specdec.chance import Chance
-from specdec.drafter import Drafter, ModelRunner, Outcome, Prefill, Request
+from specdec.drafter import Drafter, Outcome, WrappedDrafter
 from specdec.errors import InputError
-from specdec.policy import Plan
-from specdec.proposal import Proposal
-from specdec.runtime.session import Session, Steps
 from specdec.trace import Round
 from specdec.tree_policy import StaticTree
 
@@ -62,39 +58,16 @@ class RankTable:
         return np.array(rows)
 
 
-class _Watching(ModelRunner):
+class _Watching(WrappedDrafter):
     """A drafter whose outcomes are looked at."""
 
     def __init__(self, inner: Drafter, see: Callable[[Outcome], None]):
-        self.inner, self.see = inner, see
-        self.draws, self.trees = inner.draws, inner.trees  # type: ignore[misc]
-        self.hidden, self.shares_target = inner.hidden, inner.shares_target  # type: ignore[misc]
-
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
-    def target_backend(self, backend: Any, model: Any) -> Any:
-        return self.inner.target_backend(backend, model)
-
-    def start(self, request: Request) -> Any:
-        return self.inner.start(request)
-
-    def starting(self, request: Request, prefill: Prefill = Session.prefilling) -> Steps[Any]:
-        return (yield from self.inner.starting(request, prefill))
-
-    def proposing(self, state: Any, plan: Plan, chance: Chance) -> Steps[Proposal]:
-        return (yield from self.inner.proposing(state, plan, chance))
+        super().__init__(inner)
+        self.see = see
 
     def observe(self, state: Any, outcome: Outcome) -> Any:
         self.see(outcome)
-        return self.inner.observe(state, outcome)
-
-    def sessions(self, state: Any) -> Sequence[Session]:
-        return self.inner.sessions(state)
-
-    def bytes_for(self, length: int) -> int:
-        return self.inner.bytes_for(length)
+        return super().observe(state, outcome)
 
 
 class _Counter:

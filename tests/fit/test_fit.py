@@ -167,6 +167,8 @@ def test_an_empty_plan_is_plain_decoding(pair: Any, tmp_path: Path) -> None:
         ('{"format": 1, "shape": [-1, "0"], "fitted_on": {}}', "list of at most"),
         ('{"format": 1, "shape": [-1, 5], "fitted_on": {}}', "parents come before"),
         ('{"format": 1, "shape": [-1]}', "what it was fitted on"),
+        ('{"format": 1, "shape": [-1], "fitted_on": {}, "temperature": null}', "temperature is a number"),
+        ('{"format": 1, "shape": [-1], "fitted_on": {}, "evidence": 3}', "evidence a table"),
     ],
 )
 def test_damaged_plans_are_refused(content: str, message: str, tmp_path: Path) -> None:
@@ -196,3 +198,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["generate", "import os", "--tree-plan", str(path), "--max-new-tokens", "4"]) == 0
     assert main(["tree", "--out", str(path), "--nodes", "0"]) == 2
     assert "--nodes is a whole number >= 1, not 0" in capsys.readouterr().err
+
+
+def test_texts_of_one_round_say_nothing_about_costs() -> None:
+    with pytest.raises(InputError, match="raise max_new_tokens"):
+        fit_costs([], [])
