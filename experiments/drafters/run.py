@@ -104,8 +104,9 @@ def main() -> None:
         text += (
             f"\n## Temperature {result['temperature']:g}, {result['date']}\n\n`python experiments/drafters/run.py` on "
             f"{result['machine']}, {result['threads']} thread(s), float32, torch {result['torch']}, transformers "
-            f"{result['transformers']}; {result['clean_slices']}/{result['slices']} clean slices. Median of paired ratios "
-            "over the plain loop, whole calls, bootstrap 95 % intervals. `efficiency`: of what bare target forwards and "
+            f"{result['transformers']}; {result['clean_slices']}/{result['slices']} clean slices. Median of paired "
+            "ratios over the plain loop, whole calls, bootstrap 95 % intervals. `efficiency`: of what bare target "
+            "forwards and "
             "the draft stage would allow.\n\n" + table(result) + "\n"
         )
     (args.out / "results.md").write_text(text, encoding="utf-8")
