@@ -21,8 +21,13 @@ from specdec.runtime.backend import Backend
 from specdec.runtime.session import Session, Steps
 from specdec.tree import TokenTree
 
-# Estimates start from this probability, as if it had been seen so often.
-_PRIOR, _STRENGTH = 0.5, 2.0
+# Estimates start from these probabilities, as if they had been seen so often: of a model's tokens, and of retrieved
+# ones by the length of the match (nothing, 1, 2-3, 4-7, more). What is sampled is looked up half as well.
+_OF_MODEL, _OF_LOOKUP, _SAMPLED = 0.6, (0.0, 0.3, 0.45, 0.6, 0.75), 0.5
+_STRENGTH = 2.0
+_NEURAL = "neural"
+# A part that keeps losing is tried ever more rarely, up to so many times the usual pause.
+_LONGEST_PAUSE = 8
 # Retrieved drafts are told apart by their length: a long match is another thing than a short one.
 _LONGEST_BIN = 4
 
@@ -31,11 +36,12 @@ _LONGEST_BIN = 4
 class Track:
     """How often drafts of one kind were accepted at each depth, among those that got there; newer ones count more."""
 
+    prior: float = 0.5
     accepts: list[Average] = field(default_factory=list)
 
     def survival(self, depth: int) -> list[float]:
         """P(accepted at each depth and all before it)."""
-        estimate, estimates = _PRIOR, []
+        estimate, estimates = self.prior, []
         for at in range(depth):
             if at < len(self.accepts):
                 estimate = self.accepts[at].mean(estimate, _STRENGTH)
@@ -56,12 +62,18 @@ class HybridState:
     neural: Any
     tracks: dict[str, Track] = field(default_factory=dict)
     since_neural: int = 0
+    num_tries: int = 0  # of the neural part in a row that did not make it the better one
     since_retrieval: int = 0
     proposed: str = ""  # the track of the last proposal
     num_neural: int = 0  # nodes of the last proposal that the neural drafter drew, the first ones
 
     def track(self, name: str) -> Track:
-        return self.tracks.setdefault(name, Track())
+        if name not in self.tracks:
+            prior = _OF_MODEL
+            if name != _NEURAL:
+                prior = _OF_LOOKUP[int(name[-1:] or 0)] * (1.0 if self.request.sampling.is_greedy else _SAMPLED)
+            self.tracks[name] = Track(prior)
+        return self.tracks[name]
 
 
 def _bin(length: int) -> str:
@@ -73,8 +85,8 @@ class HybridDrafter(ModelRunner):
 
     Both are weighed in expected tokens per second: acceptance by depth is learnt from this text, for retrieved drafts
     by their length; costs are the policy's measurements where it has some (`throughput`), else a draft step counts
-    `draft_cost` of a verification. The one that was not taken is tried again every `probe_every` rounds. Under a policy
-    of trees both go into one tree. `retrieval` and `neural`: drafters, or names.
+    `draft_cost` of a verification. The one that was not taken is tried again after `probe_every` rounds, and ever more
+    rarely while it loses. Under a policy of trees both go into one tree. `retrieval` and `neural`: drafters, or names.
 
     Lossless: yes, with every lossless verifier: which of them proposes depends on earlier rounds, and on a draft that
     is a point mass.
@@ -130,7 +142,7 @@ class HybridDrafter(ModelRunner):
             return replace(_first(found, lookup), origin=self.retrieval.name)
         if not drafted:
             return Proposal.empty()
-        state.proposed = "neural"
+        state.proposed = _NEURAL
         drawn = yield from self.neural.proposing(state.neural, replace(plan, depth=drafted, limit=0), chance)
         state.num_neural = len(drawn.tree)
         return replace(drawn, origin=self.neural.name)
@@ -139,17 +151,22 @@ class HybridDrafter(ModelRunner):
         """How many retrieved tokens to propose, and how many to draft: not both."""
         costs = plan.costs or Costs(draft_average=self.draft_cost)
         lookup, lookup_rate = costs.best_length(state.track(name).survival(found), self.retrieval.name, levels=0)
-        survival = state.track("neural").survival(plan.deepest)
+        survival = state.track(_NEURAL).survival(plan.deepest)
         drafted, rate = costs.best_length(survival, self.neural.name)
         if plan.costs is None:
             # Nobody measured what drafting costs: as deep as was asked for.
             drafted = plan.depth
             rate = (1 + sum(survival[:drafted])) / costs.round(drafted, drafted, self.neural.name)
-        if state.since_neural >= self.probe_every:
+        if state.since_neural >= self._pause(state):
             return 0, max(1, drafted)
         if found and state.since_retrieval >= self.probe_every:
             return max(1, lookup), 0
         return (lookup, 0) if lookup and lookup_rate >= rate else (0, drafted)
+
+    def _pause(self, state: HybridState) -> int:
+        """Rounds without the neural part after which it is tried. Each try costs more than its own round: what the
+        draft model missed meanwhile is computed then."""
+        return self.probe_every * min(1 << state.num_tries, _LONGEST_PAUSE)
 
     def _both(self, state: HybridState, plan: Plan, chance: Chance, found: Proposal, name: str) -> Steps[Proposal]:
         """The neural tree, and the retrieved chain where it goes on from it; equal beginnings are one path."""
@@ -165,6 +182,8 @@ class HybridDrafter(ModelRunner):
         if state.proposed not in ("", "both") and len(outcome.proposal.tree):
             state.track(state.proposed).observe(outcome.num_accepted, outcome.num_evaluated)
         looked_up = len(outcome.proposal.tree) > state.num_neural
+        if state.num_neural:
+            state.num_tries = state.num_tries + 1 if state.since_neural >= self._pause(state) else 0
         state.since_neural = 0 if state.num_neural else state.since_neural + 1
         state.since_retrieval = 0 if looked_up else state.since_retrieval + 1
         state.retrieval = self.retrieval.observe(state.retrieval, outcome)

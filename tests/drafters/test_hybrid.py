@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -88,6 +89,15 @@ def test_the_part_that_was_not_taken_is_tried_again(target: torch.nn.Module) -> 
     )
     assert {"suffix", "model"} <= set(drawn)
     assert longest < len(drawn)
+
+
+def test_a_part_that_keeps_losing_is_tried_ever_more_rarely(target: torch.nn.Module) -> None:
+    made = decoder(looping(target), tiny_models.noisy(target, 1.0), Fixed(3), probe_every=2)
+    out = made.generate([0, 1, 2, 3, 4, 5, 6, 0, 1, 2], max_new_tokens=230, strict=True)
+    tried = [i for i, r in enumerate(out.trace.rounds) if r.drafter == "model"]
+    pauses = [b - a for a, b in itertools.pairwise(tried)]
+    assert pauses[-1] > 3 * pauses[0]
+    assert max(pauses) <= 2 * 8 + 1
 
 
 def test_estimates_follow_what_was_seen() -> None:
