@@ -199,9 +199,7 @@ def warn_if_misread(head: EagleModel, target: Any, tokenizer: Any) -> dict[str, 
     Returns the share of positions with the target's own choice, by convention.
     """
     text = "\n".join(prompt.text for prompt in read_prompts(limit=4))
-    tokens = [
-        token for token in tokenizer(text)["input_ids"] if token < head.embed_tokens.weight.shape[0]
-    ]
+    tokens = [token for token in tokenizer(text)["input_ids"] if token < head.embed_tokens.weight.shape[0]]
     tokens = tokens[: min(_TRIED, head.config.max_position_embeddings)]
     if len(tokens) < 2:
         return {}
