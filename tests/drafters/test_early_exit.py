@@ -94,7 +94,8 @@ def test_what_was_drafted_is_used_for_that_proposal_only() -> None:
     rows = count_rows(model)
     for tree in (TokenTree.chain([1, 2, 3]), TokenTree.of([1, 2, 3], [-1, -1, 0]), TokenTree.chain([1, 2])):
         task = made.prepare(PROMPT, max_new_tokens=20, policy=Fixed(3))
-        next(Stream(task))
+        stream = Stream(task)  # held: a stream that is dropped rewinds its sessions
+        next(stream)
         drafter, target = task.drafter.inner, task.target
         chance = task.request.sampling.chance("draft")
         proposal = drafter.propose(drafter.start(task.request), Fixed(3).start().plan(), chance)
