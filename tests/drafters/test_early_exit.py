@@ -77,7 +77,8 @@ def test_the_draft_is_the_lower_layers_with_the_models_own_norm_and_head() -> No
     model = tiny_models.tiny("mistral", num_hidden_layers=4, sliding_window=64)
     made = decoder(model, 2)
     task = made.prepare(PROMPT, max_new_tokens=8)
-    next(Stream(task))
+    stream = Stream(task)  # held: a stream that is dropped rewinds its sessions
+    next(stream)
     tokens = list(task.target.tokens)
     session = task.target.backend.draft_session(task.target)
     rows = session.forward()
