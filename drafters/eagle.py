@@ -112,7 +112,7 @@ class EagleDrafter(ModelRunner):
 
     def start(self, request: Request) -> EagleState:
         # Keys and values depend on the first token too, by the target's states.
-        session = Session(self._backend.fork(0), hidden=(OWN,), salt=request.prompt[0])
+        session = Session(self._backend.fork(0), hidden=(OWN,), salt=request.prompt[0], keeps=False)
         ids_R, columns = self._ids_R, None
         if ids_R is not None and self._largest_id >= request.vocab_size:  # padding that the target lacks
             columns = (ids_R < request.vocab_size).nonzero()[:, 0]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from operator import mul
 from typing import Any
 
 import torch
@@ -14,8 +12,9 @@ from specdec.chance import Chance
 from specdec.costs import Costs
 from specdec.drafter import BuildContext, Drafter, ModelRunner, Outcome, Prefill, Request
 from specdec.errors import InputError
+from specdec.estimates import Track
 from specdec.loading import resolve_drafter
-from specdec.policy import Average, Plan
+from specdec.policy import Plan
 from specdec.proposal import Proposal
 from specdec.runtime.backend import Backend
 from specdec.runtime.session import Session, Steps
@@ -24,35 +23,11 @@ from specdec.tree import TokenTree
 # Estimates start from these probabilities, as if they had been seen so often: of a model's tokens, and of retrieved
 # ones by the length of the match (nothing, 1, 2-3, 4-7, more). What is sampled is looked up half as well.
 _OF_MODEL, _OF_LOOKUP, _SAMPLED = 0.6, (0.0, 0.3, 0.45, 0.6, 0.75), 0.5
-_STRENGTH = 2.0
 _NEURAL = "neural"
 # A part that keeps losing is tried ever more rarely, up to so many times the usual pause.
 _LONGEST_PAUSE = 8
 # Retrieved drafts are told apart by their length: a long match is another thing than a short one.
 _LONGEST_BIN = 4
-
-
-@dataclass(eq=False)
-class Track:
-    """How often drafts of one kind were accepted at each depth, among those that got there; newer ones count more."""
-
-    prior: float = 0.5
-    accepts: list[Average] = field(default_factory=list)
-
-    def survival(self, depth: int) -> list[float]:
-        """P(accepted at each depth and all before it)."""
-        estimate, estimates = self.prior, []
-        for at in range(depth):
-            if at < len(self.accepts):
-                estimate = self.accepts[at].mean(estimate, _STRENGTH)
-            estimates.append(estimate)
-        return list(accumulate(estimates, mul))
-
-    def observe(self, accepted: int, evaluated: int) -> None:
-        for depth in range(evaluated):
-            if depth == len(self.accepts):
-                self.accepts.append(Average(32))
-            self.accepts[depth].add(float(depth < accepted))
 
 
 @dataclass(eq=False)
@@ -133,7 +108,7 @@ class HybridDrafter(ModelRunner):
     def proposing(self, state: HybridState, plan: Plan, chance: Chance) -> Steps[Proposal]:
         found = self.retrieval.propose(state.retrieval, Plan(plan.deepest, stop_below=plan.stop_below), chance)
         name = f"{self.retrieval.name} {_bin(len(found.tree))}" if len(found.tree) else ""
-        if _wants_trees(plan):
+        if not plan.is_chain:
             return (yield from self._both(state, plan, chance, found, name))
         lookup, drafted = self._lengths(state, plan, name, len(found.tree))
         state.num_neural = 0
@@ -199,10 +174,6 @@ class HybridDrafter(ModelRunner):
 
     def bytes_for(self, length: int) -> int:
         return self.neural.bytes_for(length)
-
-
-def _wants_trees(plan: Plan) -> bool:
-    return bool(plan.budget or plan.shape) or any(count > 1 for count in plan.branching)
 
 
 def _first(proposal: Proposal, length: int) -> Proposal:

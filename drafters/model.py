@@ -21,7 +21,6 @@ from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
 from specdec.runtime.choose import open_backend
 from specdec.runtime.session import Session, Steps
-from specdec.train.data import encode, read_texts
 from specdec.tree import TokenTree
 from specdec.vocabulary import DraftVocabulary, always_included, count_tokens, cut_head, most_frequent
 
@@ -139,6 +138,8 @@ def _built(vocabulary: Any, data: Any, context: BuildContext) -> DraftVocabulary
     """A vocabulary that the user named, with the special tokens of the tokenizer; checked against the target."""
     always = always_included(context.tokenizer, context.target)
     if isinstance(vocabulary, int) and data is not None:
+        from specdec.train.data import encode, read_texts  # seldom needed, and slow to import
+
         size = context.target.get_output_embeddings().weight.shape[0]
         counts_V = count_tokens(encode(read_texts(Path(data)), context.tokenizer), size)
         return most_frequent(counts_V, vocabulary, always)

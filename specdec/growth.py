@@ -18,7 +18,7 @@ from specdec.drafter import Request
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
 from specdec.runtime.session import Steps
-from specdec.tree import TokenTree
+from specdec.tree import TokenTree, structure
 
 # Logit of a token outside a draft vocabulary.
 _OUTSIDE = -1e4
@@ -156,7 +156,7 @@ class _Planned(_Growth):
 
     def run(self) -> Steps[Grown]:
         plan, draw, tree, ran = self.plan, self.draw, TokenTree.empty(), TokenTree.empty()
-        shape = _children_of(plan.shape)
+        shape = structure(plan.shape).children
         frontier, planned = [-1], [-1]  # nodes of the tree, and of the plan's shape, that are expanded next
         ran_as: list[int] = []
         draws: list[Draw] = []
@@ -211,13 +211,6 @@ def _kind(draw: Draw, rank: int) -> Draw:
     if draw is not Draw.MIXED:
         return draw
     return Draw.SAMPLED if rank == 0 else Draw.POINT
-
-
-def _children_of(parents: tuple[int, ...]) -> list[list[int]]:
-    children: list[list[int]] = [[] for _ in range(len(parents) + 1)]
-    for node, parent in enumerate(parents):
-        children[parent + 1].append(node)
-    return children
 
 
 def _present(tokens_FC: Tensor, counts: Sequence[int]) -> tuple[list[int], list[int], Tensor]:

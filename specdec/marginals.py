@@ -49,7 +49,7 @@ def grow_marginals(
         if plan.budget:
             draw = Draw.SHARED if draw is Draw.SHARED else Draw.POINT
             return _most_probable(logits_KR, plan, request, len(prefix), draw, chance, ids_R)
-        if not plan.shape and plan.num_nodes == plan.depth:
+        if plan.is_chain:
             # The first of mixed siblings is a sample.
             draw = Draw.SAMPLED if draw is Draw.MIXED else draw
             return _chain(logits_KR, plan, request, len(prefix), draw, chance, ids_R)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from specdec.costs import Costs
 from specdec.errors import InputError
+from specdec.estimates import Meter, Track
 from specdec.tree import structure
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class Plan:
 
     def children(self, depth: int) -> int:
         return self.branching[depth] if depth < len(self.branching) else 1
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it asks for a chain by saying nothing else."""
+        return not (self.budget or self.shape or any(count > 1 for count in self.branching))
 
     @property
     def num_nodes(self) -> int:
@@ -229,35 +235,14 @@ class Heuristic(Policy):
 
 
 @dataclass
-class Average:
-    """An average that forgets: the weight of a sample halves every `half_life` samples."""
-
-    half_life: float
-    total: float = 0.0
-    weight: float = 0.0
-
-    def add(self, value: float) -> None:
-        keep = 0.5 ** (1 / self.half_life)
-        self.total, self.weight = self.total * keep + value, self.weight * keep + 1
-
-    def mean(self, prior: float = 0.0, strength: float = 0.0) -> float:
-        if not self.weight + strength:  # of nothing
-            return prior
-        return (self.total + prior * strength) / (self.weight + strength)
-
-
-@dataclass
 class ThroughputRun(PolicyRun):
     """See `Throughput`."""
 
     limit: int
     k: int
     probe_every: int
-    accepts: list[Average] = field(default_factory=list)
-    verify: dict[int, Average] = field(default_factory=dict)
-    draft: Average = field(default_factory=lambda: Average(16))
-    draft_by: dict[str, Average] = field(default_factory=dict)  # origin of the proposal
-    other: Average = field(default_factory=lambda: Average(16))
+    track: Track = field(default_factory=lambda: Track(0.7, 64))
+    meter: Meter = field(default_factory=Meter)
     rounds: int = 0
     since_probe: int = 0
     load: Load | None = None  # of the batch, where there is one
@@ -267,26 +252,8 @@ class ThroughputRun(PolicyRun):
         load.join(self)
 
     def survival(self) -> list[float]:
-        """P(accepted at each depth and all before it)."""
-        return list(accumulate(self.acceptance(), mul))
-
-    def acceptance(self) -> list[float]:
-        """P(accepted at each depth | reached it), from evaluated positions only, pulled to the depth before."""
-        estimate, estimates = 0.7, []
-        for depth in range(self.limit):
-            if depth < len(self.accepts):
-                estimate = self.accepts[depth].mean(estimate, 2.0)
-            estimates.append(estimate)
-        return estimates
-
-    def costs(self) -> Costs:
-        """As measured so far."""
-        return Costs(
-            {width: average.mean() for width, average in self.verify.items()},
-            {origin: average.mean() for origin, average in self.draft_by.items()},
-            self.draft.mean() if self.draft.weight else 0.0,
-            self.other.mean() if self.other.weight else 0.0,
-        )
+        """P(accepted at each depth and all before it), from evaluated positions only."""
+        return self.track.survival(self.limit)
 
     def plan(self) -> Plan:
         if self.load is not None:
@@ -296,7 +263,7 @@ class ThroughputRun(PolicyRun):
         if self.rounds < 3:
             # Measure first: a plain round in between tells what one row costs, without which k = 0 never looks good.
             return Plan(0 if self.rounds == 1 else self.k)
-        costs = self.costs()
+        costs = self.meter.costs()
         best, _ = costs.best_length(self.survival())
         if self.since_probe >= self.probe_every:
             # A deeper look keeps estimates beyond the usual length alive; at k = 0 it may find the way back.
@@ -308,17 +275,8 @@ class ThroughputRun(PolicyRun):
     def observe(self, facts: RoundFacts) -> None:
         self.rounds += 1
         self.since_probe += 1
-        for depth in range(facts.num_evaluated):
-            if depth == len(self.accepts):
-                self.accepts.append(Average(64))
-            self.accepts[depth].add(float(depth < facts.num_accepted))
-        seconds = facts.seconds
-        self.verify.setdefault(facts.num_nodes + 1, Average(16)).add(seconds.get("verify", 0.0))
-        if facts.depth_proposed:
-            level = seconds.get("draft", 0.0) / facts.depth_proposed
-            self.draft.add(level)
-            self.draft_by.setdefault(facts.drafter, Average(16)).add(level)
-        self.other.add(seconds.get("commit", 0.0) + seconds.get("other", 0.0))
+        self.track.observe(facts.num_accepted, facts.num_evaluated)
+        self.meter.observe(facts)
 
 
 @dataclass(frozen=True)

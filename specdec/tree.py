@@ -24,6 +24,10 @@ class Structure(NamedTuple):
     children: tuple[tuple[int, ...], ...]  # of the root first, then of each node
     is_chain: bool
 
+    @property
+    def max_depth(self) -> int:
+        return max(self.depths, default=0)
+
 
 @lru_cache(maxsize=4096)
 def structure(parents: tuple[int, ...]) -> Structure:
@@ -71,7 +75,7 @@ class TokenTree:
 
     @property
     def max_depth(self) -> int:
-        return max(self.depths, default=0)
+        return structure(self.parents).max_depth
 
     @property
     def ancestors_NN(self) -> Tensor:

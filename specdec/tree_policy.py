@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from specdec.costs import Costs
 from specdec.errors import InputError
-from specdec.policy import Average, Constant, Plan, Policy, PolicyRun, RoundFacts, check_k
+from specdec.estimates import Average, Meter
+from specdec.policy import Constant, Plan, Policy, PolicyRun, RoundFacts, check_k
 from specdec.tree import structure
 
 
@@ -53,7 +53,7 @@ class StaticTree(Policy):
         return f"static tree({len(self.shape)} nodes)"
 
     def start(self) -> PolicyRun:
-        return Constant(Plan(max(structure(self.shape).depths), shape=self.shape))
+        return Constant(Plan(structure(self.shape).max_depth, shape=self.shape))
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ class AdaptiveTreeRun(PolicyRun):
     """See `AdaptiveTree`."""
 
     policy: AdaptiveTree
-    verify: dict[int, Average] = field(default_factory=dict)
-    level: Average = field(default_factory=lambda: Average(16))
-    other: Average = field(default_factory=lambda: Average(16))
+    meter: Meter = field(default_factory=Meter)
     accepted: Average = field(default_factory=lambda: Average(64))
     expected: Average = field(default_factory=lambda: Average(64))
     emitted: Average = field(default_factory=lambda: Average(8))  # of drafted rounds
@@ -99,17 +97,12 @@ class AdaptiveTreeRun(PolicyRun):
     pause: int = 2  # plain rounds before the next look, while drafting does not pay
     since_drafted: int = 0
 
-    def costs(self) -> Costs:
-        verify = {width: average.mean() for width, average in self.verify.items()}
-        level = self.level.mean() if self.level.weight else 0.0
-        return Costs(verify, draft_average=level, other=self.other.mean())
-
     def plan(self) -> Plan:
         policy = self.policy
         if self.rounds < 3:
             # Measure first: one plain round, and two of a tree as small as a chain.
             return Plan(0) if self.rounds == 1 else Plan(policy.k, budget=policy.k, width=policy.width)
-        costs = self.costs()
+        costs = self.meter.costs()
         drafting = self.emitted.total / max(self.seconds.total, 1e-9)  # of drafted rounds; 0 while there are none
         if drafting >= 1 / costs.round(0, 0):
             self.pause = 2
@@ -123,14 +116,10 @@ class AdaptiveTreeRun(PolicyRun):
     def observe(self, facts: RoundFacts) -> None:
         self.rounds += 1
         self.since_drafted = 0 if facts.depth_proposed else self.since_drafted + 1
-        seconds = facts.seconds
-        self.verify.setdefault(facts.num_nodes + 1, Average(16)).add(seconds.get("verify", 0.0))
-        self.other.add(seconds.get("commit", 0.0) + seconds.get("other", 0.0))
-        if facts.depth_proposed:
-            self.level.add(seconds.get("draft", 0.0) / facts.depth_proposed)
-            if self.rounds > 1:  # the first one also pays for what is done once
-                self.emitted.add(facts.num_accepted + 1)
-                self.seconds.add(sum(seconds.values()))
+        self.meter.observe(facts)
+        if facts.depth_proposed and self.rounds > 1:  # the first one also pays for what is done once
+            self.emitted.add(facts.num_accepted + 1)
+            self.seconds.add(sum(facts.seconds.values()))
         if facts.expected is not None:
             self.accepted.add(facts.num_accepted)
             self.expected.add(facts.expected)

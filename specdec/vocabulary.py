@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from specdec.dtypes import dtype_name
 from specdec.errors import InputError, UnsupportedModelError
 
 #: What the tensor in a file is called: the target's id of each column, absolute (EAGLE's `d2t` holds offsets).
@@ -36,8 +37,7 @@ class DraftVocabulary:
         given = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=torch.int64)
         if given.ndim != 1 or given.dtype.is_floating_point or given.dtype == torch.bool or not len(given):
             raise InputError(
-                f"a draft vocabulary is one row of token ids, not {str(given.dtype).removeprefix('torch.')} "
-                f"{list(given.shape)}"
+                f"a draft vocabulary is one row of token ids, not {dtype_name(given.dtype)} {list(given.shape)}"
             )
         ids_R = given.to("cpu", torch.int64).unique()
         if int(ids_R[0]) < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -165,6 +166,18 @@ def prompts_of(kinds: Sequence[str], per_kind: int | None = None) -> dict[str, l
 
 def embedded() -> Path:
     return EMBEDDED / "target"
+
+
+def arguments(doc: str | None, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line with what every study of this folder takes."""
+    parser.description, parser.formatter_class = doc, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--quick", action="store_true", help="few prompts, once: does it run?")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=HERE)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    return args
 
 
 def interval(value: Mapping[str, float]) -> str:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from pathlib import Path
 from typing import Any
 
-import torch
-from measure import HERE, PLAIN, Study, Way, circumstances, embedded, interval, prompts_of, write
+from measure import PLAIN, Study, Way, arguments, circumstances, embedded, interval, prompts_of, write
 
 from specdec.tree_policy import AdaptiveTree
 
@@ -87,15 +85,10 @@ def measure(temperature: float, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one prompt per kind, once: does it run?")
+    parser = argparse.ArgumentParser()
     parser.add_argument("--temperature", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--ways", nargs="*", choices=[way.name for way in WAYS])
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=HERE)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__, parser)
     for temperature in args.temperature:
         write(args.out / f"embedded-t{temperature:g}.json", measure(temperature, args))
     text = "# Drafters on the embedded target\n"

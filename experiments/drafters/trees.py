@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from pathlib import Path
 from typing import Any
 
-import torch
-from measure import HERE, Study, Way, circumstances, embedded, interval, prompts_of, write
+from measure import Study, Way, arguments, circumstances, embedded, interval, prompts_of, write
 
 from specdec.bench.prompts import read_prompts
 from specdec.bench.timing import bootstrap
@@ -89,14 +87,9 @@ def section(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few prompts, once: does it run?")
+    parser = argparse.ArgumentParser()
     parser.add_argument("--drafters", nargs="*", default=["medusa", "eagle", "parallel", "model"])
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=HERE)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__, parser)
     for drafter in args.drafters:
         write(args.out / f"trees-{drafter}.json", study_of(drafter, args))
     text = "# Trees against chains on the embedded target\n\n`python experiments/drafters/trees.py`\n"

@@ -14,7 +14,6 @@ from specdec.fit.optimum import RoundCost
 from specdec.fit.ranks import comb
 from specdec.policy import Fixed, Policy
 from specdec.trace import Round
-from specdec.tree import structure
 from specdec.tree_policy import StaticTree
 
 
@@ -86,7 +85,3 @@ def fit_costs(rounds: Sequence[Round], expanded: Sequence[int]) -> RoundCost:
             level, node = float((a[:, 0] @ y) / (a[:, 0] @ a[:, 0])), 0.0
     widths = {width: statistics.median(times) for width, times in verify.items()}
     return RoundCost(widths, float(level), float(node), statistics.median(other))
-
-
-def depth_of(parents: Sequence[int]) -> int:
-    return max(structure(tuple(parents)).depths, default=0)

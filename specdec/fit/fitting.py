@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from specdec.fit.costs import depth_of, measure_costs, probes
+from specdec.fit.costs import measure_costs, probes
 from specdec.fit.optimum import RoundCost, best_tree, expected_tokens
 from specdec.fit.plan import TreePlan, circumstances
 from specdec.fit.ranks import measure_ranks
+from specdec.tree import structure
 
 _COST_PROMPTS, _REPETITIONS = 2, 2
 
@@ -62,7 +63,7 @@ def candidates(accept: np.ndarray, costs: RoundCost, shape: tuple[int, ...]) -> 
         tokens = expected_tokens(parents, accept)
         found[name] = {
             "nodes": len(parents),
-            "depth": depth_of(parents),
+            "depth": structure(parents).max_depth,
             "tokens": round(tokens, 4),
             "speedup": round(tokens / costs.seconds(parents) / plain, 4),
         }

@@ -26,9 +26,8 @@ class RoundCost:
 
     def seconds(self, parents: Sequence[int]) -> float:
         """Of a round with this tree; the empty one is a plain step."""
-        depths = structure(tuple(parents)).depths
         expanded = len({parent for parent in parents if parent >= 0}) + bool(parents)
-        drafting = self.level * max(depths, default=0) + self.node * expanded
+        drafting = self.level * structure(tuple(parents)).max_depth + self.node * expanded
         return cost_at(self.verify, len(parents) + 1) + drafting + self.other
 
 

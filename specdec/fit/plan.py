@@ -117,4 +117,4 @@ class FittedTree(Policy):
 
     def start(self) -> PolicyRun:
         shape = self.plan.shape
-        return Constant(Plan(max(structure(shape).depths, default=0), shape=shape))
+        return Constant(Plan(structure(shape).max_depth, shape=shape))

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen3Config
 
+from specdec.dtypes import dtype_name
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.formats.files import load_pickled, read_config, read_tensors
 from specdec.loading import DRAFTER_KEY
@@ -284,7 +285,7 @@ def write(
             raise InputError("z-lab's layout says of all layers at once whether they are causal")
         head["is_causal"] = any(config.causal)
     fields = _layer_config(config, vocab_size)
-    stored = {**fields, **head, "dtype": str(dtype).removeprefix("torch.")}
+    stored = {**fields, **head, "dtype": dtype_name(dtype)}
     _save(folder, {**stored, "block_size": config.block_size, "dflash_config": own}, model.state_dict(), dtype)
 
 
@@ -330,6 +331,6 @@ def write_speculators(
             "default_proposal_method": "greedy",
             "verifier": dict(verifier),
         },
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
     _save(folder, content, model.state_dict(), dtype)

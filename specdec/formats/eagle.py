@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from specdec.dtypes import dtype_name
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.formats.files import load_pickled, read_config, read_tensors
 from specdec.loading import DRAFTER_KEY
@@ -211,7 +212,7 @@ def export(found: Checkpoint, out: Path, head_VH: Tensor | None = None, verifier
         if head_VH is None:
             raise InputError("the head predicts with its target's own head: the export needs that table")
         tensors["lm_head.weight"] = head_VH[ids_R].to(tensors["fc.weight"].dtype)
-    dtype = str(tensors["fc.weight"].dtype).removeprefix("torch.")
+    dtype = dtype_name(tensors["fc.weight"].dtype)
     tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids_R, True)
     layer = {name: getattr(config, name, None) for name in _LAYER_FIELDS}
     method = {"proposal_type": "greedy", "speculative_tokens": 5, "verifier_accept_k": 1, "accept_tolerance": 0.0}

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.dtypes import dtype_name
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.formats.files import load_pickled, read_config
 from specdec.formats.medusa_heads import HeadShape, MedusaHeads, output_rows
@@ -238,7 +239,7 @@ def write(heads: MedusaHeads, folder: Path, base: str, dtype: torch.dtype = torc
         "draft_vocab_size": shape.draft_size,
         "projection": shape.projection,
         "logit_scale": shape.logit_scale,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "base_model_name_or_path": base,
     }
     _write(folder, "model.safetensors", tensors, config)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from specdec import registry
+from specdec.dtypes import dtype_name
 from specdec.errors import BackendWarning, InputError, UnsupportedModelError
 from specdec.kernels import ops
 from specdec.runtime.backend import Backend
@@ -70,7 +71,7 @@ def fastest_dtype(checkpoint: torch.dtype, device: torch.device | str | None) ->
     Measured on one matrix product of a few rows with the products that the default backend uses.
     """
     device = torch.device(device or "cpu")
-    name = str(checkpoint).removeprefix("torch.")
+    name = dtype_name(checkpoint)
     if device.type != "cpu" or checkpoint == torch.float32:
         return checkpoint, f"{name}: the checkpoint's own"
     seconds: dict[torch.dtype, float] = {}

@@ -7,7 +7,7 @@ stays as it was. Shape suffixes: M rows of one step, W width of hidden states.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.pytorch_utils import Conv1D
 
-from specdec.errors import UnsupportedModelError
+from specdec.dtypes import dtype_name
+from specdec.errors import InputError, UnsupportedModelError
 from specdec.kernels import ops
 from specdec.runtime.cache import layer_types
 
@@ -113,13 +114,20 @@ class NativeCall:
         self.handle, self.windows, self.kernels = handle, windows, kernels
 
 
-def _replacement(module: Any, kernels: Kernels) -> NativeLinear | None:
-    if type(module) is nn.Linear:
-        return NativeLinear(module.weight, module.bias, kernels)
-    if type(module) is Conv1D:  # stores the transpose: this one is a copy
-        weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=False)
-        return NativeLinear(weight, module.bias, kernels)
-    return None
+def with_products(model: Any, product: Callable[[Tensor, Tensor | None], nn.Module]) -> tuple[Any, int]:
+    """A copy of a model that shares every tensor with it, but has `product(weight_NK, bias_N)` in place of each linear
+    layer; and how many it has."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin, count = copy.deepcopy(model, shared), 0
+    for module in list(twin.modules()):
+        for name, child in list(module.named_children()):
+            weight = child.weight if type(child) is nn.Linear else None
+            if type(child) is Conv1D:  # stores the transpose: this one is a copy
+                weight = nn.Parameter(child.weight.detach().t().contiguous(), requires_grad=False)
+            if weight is not None:
+                setattr(module, name, product(weight, child.bias))
+                count += 1
+    return twin, count
 
 
 def _stock_products(modules: Iterable[nn.Module]) -> list[str]:
@@ -159,17 +167,27 @@ class NativeModel(nn.Module):
 
     @staticmethod
     def _copy(model: Any, kernels: Kernels) -> Any:
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        twin = copy.deepcopy(model, shared)
-        for module in list(twin.modules()):
-            for name, child in list(module.named_children()):
-                other = _replacement(child, kernels)
-                if other is not None:
-                    setattr(module, name, other)
+        twin, _ = with_products(model, lambda weight, bias: NativeLinear(weight, bias, kernels))
         configs = {id(m.config): m.config for m in twin.modules() if hasattr(m, "config")}
         for config in configs.values():
             config._attn_implementation = ATTENTION
         return twin
+
+    def expose(self, hidden: Sequence[int]) -> bool:
+        """Give these hidden states too from now on; whether that is new."""
+        before = self.hidden
+        self.hidden = tuple(sorted({*before, *hidden}))
+        return self.hidden != before
+
+    def hidden_rows(self, wanted: Sequence[int], exposed: Sequence[Tensor]) -> Tensor | None:
+        """Of the `exposed` states that a call gave, those wanted, side by side: `[M, W]`. None when none is wanted."""
+        if not wanted:
+            return None
+        missing = [i for i in wanted if i not in self.hidden]
+        if missing:
+            raise InputError(f"hidden state {missing[0]} was not announced: call backend.expose({list(wanted)}) first")
+        parts = [exposed[self.hidden.index(i)] for i in wanted]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def forward(
         self, tokens: Tensor, positions: Tensor, rows: Tensor, handle: Tensor, inputs: Tensor | None = None
@@ -200,14 +218,19 @@ def unsupported(model: Any) -> str | None:
     if devices != {"cpu"}:
         return f"the native kernels run on the CPU, and the model is on {', '.join(sorted(devices))}"
     if model.dtype not in DTYPES:
-        return f"the native kernels know float32, bfloat16 and float64, not {str(model.dtype).removeprefix('torch.')}"
+        return f"the native kernels know float32, bfloat16 and float64, not {dtype_name(model.dtype)}"
     return obstacle(model)
+
+
+def is_spread(model: Any) -> bool:
+    """Whether accelerate hooks move what its layers work on: a copy, or a part of it, would not obey them."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def obstacle(model: Any) -> str | None:
     """What in the model itself keeps other kernels out, in one line; None when nothing does."""
     if getattr(model, "hf_quantizer", None) is not None:
         return "the model's weights are quantised"
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if is_spread(model):
         return "the model's layers are spread out by accelerate hooks"
     return None

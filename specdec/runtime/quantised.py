@@ -5,16 +5,15 @@ Shape suffixes: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
 from specdec.errors import InputError, UnsupportedModelError
+from specdec.runtime.native import is_spread, with_products
 from specdec.runtime.shared import DerivedModel
 
 # Up to so many rows a product of one row each is faster than one that packs the weights anew for all.
@@ -94,15 +93,7 @@ class QuantisedModel(DerivedModel):
     """
 
     def __init__(self, model: Any, scheme: str):
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        inner = copy.deepcopy(model, shared)
-        count = 0
-        for module in list(inner.modules()):
-            for name, child in list(module.named_children()):
-                other = _replacement(child, SCHEMES[scheme])
-                if other is not None:
-                    setattr(module, name, other)
-                    count += 1
+        inner, count = with_products(model, SCHEMES[scheme].product)
         if not count:
             raise UnsupportedModelError(f"{type(model).__name__} has no linear layers whose weights could be quantised")
         super().__init__(model, inner, {"scheme": scheme})
@@ -120,14 +111,6 @@ class QuantisedModel(DerivedModel):
         return sum(b.nbytes for m in self.inner.modules() if isinstance(m, Int8Linear) for b in m.buffers())
 
 
-def _replacement(module: Any, scheme: Scheme) -> nn.Module | None:
-    if type(module) is nn.Linear:
-        return scheme.product(module.weight, module.bias)
-    if type(module) is Conv1D:  # stores the transpose
-        return scheme.product(module.weight.t(), module.bias)
-    return None
-
-
 def quantised(model: Any, scheme: str) -> QuantisedModel:
     """`InputError` for an unknown scheme, `UnsupportedModelError` where it cannot run, with the reason."""
     if scheme not in SCHEMES:
@@ -137,7 +120,7 @@ def quantised(model: Any, scheme: str) -> QuantisedModel:
         raise UnsupportedModelError(
             f"the weights of {name} are quantised already: a second rounding would draft no faster; use another drafter"
         )
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if is_spread(model):
         raise UnsupportedModelError(
             f"the layers of {name} are spread out by accelerate hooks, which a copy would not obey; load it on one "
             "device, or use another drafter"

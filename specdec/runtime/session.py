@@ -124,15 +124,15 @@ def _make_block(num_pending: int, parents: tuple[int, ...], first: int) -> tuple
 class Session:
     """`append` tokens, `forward` a tree, `commit` a path, `rewind` to a length, `fork` a prefilled prompt.
 
-    `hidden`: hidden states that every step returns and `features` keeps, see `Step`. `salt`: what the keys and values
-    depend on besides model and tokens, for reuse by prompts that begin alike. A model that reads inputs besides tokens
-    gets them with the tokens that are appended, and with the nodes of a tree.
+    `hidden`: hidden states that every step returns, see `Step`; `features` keeps them, unless `keeps` is off. `salt`:
+    what the keys and values depend on besides model and tokens, for reuse by prompts that begin alike. A model that
+    reads inputs besides tokens gets them with the tokens that are appended, and with the nodes of a tree.
     """
 
-    def __init__(self, backend: Backend, hidden: Sequence[int] = (), salt: Hashable = None):
+    def __init__(self, backend: Backend, hidden: Sequence[int] = (), salt: Hashable = None, keeps: bool = True):
         self.backend = backend
         self.hidden, self.salt = tuple(hidden), salt
-        self.features = FeatureStore() if self.hidden else None
+        self.features = FeatureStore() if self.hidden and keeps else None
         self._inputs: Tensor | None = None  # of the tokens from `_inputs_from` on
         self._inputs_from = 0
         self.tokens = History()
@@ -300,7 +300,7 @@ class Session:
 
     def fork(self) -> Session:
         """An independent session with the same committed tokens and a copy of their keys and values."""
-        twin = Session(self.backend.fork(self.num_cached), self.hidden, self.salt)
+        twin = Session(self.backend.fork(self.num_cached), self.hidden, self.salt, self.features is not None)
         twin.tokens = History(self.tokens)
         twin.num_cached = self.num_cached
         twin._inputs, twin._inputs_from = self._inputs, self._inputs_from

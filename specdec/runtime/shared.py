@@ -105,8 +105,7 @@ class SharingBackend(Backend):
 
     def draft_session(self, target: Session) -> Session:
         """The text of the target's session for a round of drafting; nothing of it outlives the round."""
-        session = Session(self.draft, self.draft_hidden)
-        session.features = None  # states go where `drafted` puts them
+        session = Session(self.draft, self.draft_hidden, keeps=False)  # states go where `drafted` puts them
         session.tokens, session.num_cached = target.tokens, target.num_cached
         return session
 

@@ -21,6 +21,7 @@ from typing_extensions import Self
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.growth import Grown
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
+from specdec.runtime.native import is_spread
 from specdec.runtime.parts import LowerPart, UpperPart
 from specdec.runtime.shared import SharingBackend
 from specdec.tree import TokenTree, structure
@@ -115,7 +116,7 @@ class SplitBackend(SharingBackend):
                 f"exit_layer must be a whole number from 1 to {count - 1} for the {count} layers of {name}, "
                 f"not {exit_layer!r}"
             )
-        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        if is_spread(model):
             raise UnsupportedModelError(
                 f"the layers of {name} are spread out by accelerate hooks, which a part of it would not obey; load it "
                 "on one device, or use another drafter"

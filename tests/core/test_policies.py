@@ -78,30 +78,30 @@ def test_throughput_learns_acceptance_from_evaluated_positions_only() -> None:
     run = Throughput(k=8, limit=8).start()
     for _ in range(60):  # five of eight accepted, depth six rejected, seven and eight never looked at
         run.observe(Facts(8, 5, 6, 8, {"verify": 1.0}))
-    estimates = run.acceptance()
+    estimates = run.track.acceptance(run.limit)
     assert all(estimate > 0.95 for estimate in estimates[:5])
     assert estimates[5] < 0.05
-    assert len(run.accepts) == 6  # depths 7 and 8 have no sample of their own
+    assert len(run.track.accepts) == 6  # depths 7 and 8 have no sample of their own
     run = Throughput().start()
     run.observe(Facts(0, 0, 0, 0, {"verify": 1.0}))
-    assert run.accepts == []  # a round without a draft says nothing about acceptance
+    assert run.track.accepts == []  # a round without a draft says nothing about acceptance
 
 
 def test_throughput_measures_a_plain_round_before_it_decides() -> None:
     run = Throughput(k=4).start()
     assert play(run, 3, [4], 0.0, 1.0, 0.0) == [4, 0, 4]
-    assert sorted(run.verify) == [1, 5]
+    assert sorted(run.meter.verify) == [1, 5]
 
 
 def test_throughput_interpolates_what_it_measured() -> None:
     run = Throughput(k=4).start()
     play(run, 3, [4], 0.5, 1.0, 0.25)
-    costs = run.costs()
+    costs = run.meter.costs()
     assert costs.round(0, 0) == pytest.approx(1.0)
     assert costs.round(2, 2) == pytest.approx(1.5 + 2 * 0.5)
     assert costs.round(2, 2, "model") == costs.round(2, 2, "somebody else") == costs.round(2, 2)
     survival = run.survival()
-    accepted = run.acceptance()
+    accepted = run.track.acceptance(run.limit)
     assert survival[1] == pytest.approx(accepted[0] * accepted[1])
     best, rate = costs.best_length(survival)
     rates = [(1 + sum(survival[:k])) / costs.round(k, k) for k in range(len(survival) + 1)]

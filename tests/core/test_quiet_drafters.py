@@ -14,7 +14,8 @@ from specdec.drafters import EagleDrafter, HybridDrafter, LookaheadDrafter, Mode
 import specdec
 from specdec.drafter import Drafter
 from specdec.errors import DrafterWarning
-from specdec.policy import Average, Constant, Fixed, Plan, Policy, PolicyRun
+from specdec.estimates import Average
+from specdec.policy import Constant, Fixed, Plan, Policy, PolicyRun
 from specdec.proposal import Proposal
 from specdec.tree_policy import AdaptiveTree, DynamicTree, StaticTree
 

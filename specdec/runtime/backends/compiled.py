@@ -67,23 +67,11 @@ class _Shared:
     def expose(self, hidden: Sequence[int]) -> None:
         """Return these hidden states too from now on. A graph without them is given up for one that has them."""
         with self.lock:
-            union = tuple(sorted({*self.native.hidden, *hidden}))
-            if union == self.native.hidden:
+            if not self.native.expose(hidden):
                 return
-            self.native.hidden = union
             # Whoever compiled the last one wants this one compiled.
             self.at_once = self.at_once or self.graph is not None
             self.graph, self.worker, self.failure, self.looked = None, None, None, False
-
-    def hidden_rows(self, wanted: tuple[int, ...], exposed: Sequence[Tensor]) -> Tensor | None:
-        """The states that a step asked for, of all rows of the call, side by side: `[M, W]`."""
-        if not wanted:
-            return None
-        missing = [i for i in wanted if i not in self.native.hidden]
-        if missing:
-            raise InputError(f"hidden state {missing[0]} was not announced: call backend.expose({list(wanted)}) first")
-        parts = [exposed[self.native.hidden.index(i)] for i in wanted]
-        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def adopt(self) -> None:
         """Between texts: load what a worker has compiled meanwhile, or start one when it pays."""
@@ -246,7 +234,7 @@ class CompiledBackend(Backend):
             logits, *exposed = shared.run(tokens, positions, rows, inputs)
             states = [h.split([s.num_rows for s in steps]) for h in exposed]
             # Still locked: another thread may expose other states, which then come in another order.
-            hidden = [shared.hidden_rows(step.hidden, [h[i] for h in states]) for i, step in enumerate(steps)]
+            hidden = [shared.native.hidden_rows(step.hidden, [h[i] for h in states]) for i, step in enumerate(steps)]
         parts = logits.split([s.num_logits for s in steps]) if len(steps) > 1 else (logits,)
         return [StepResult(part, rows) for part, rows in zip(parts, hidden, strict=True)]
 

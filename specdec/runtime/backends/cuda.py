@@ -146,14 +146,6 @@ class _Shared:
                 inputs[at : at + step.num_rows].copy_(to_device(step.inputs_MW, self.device))
             at += step.num_rows
 
-    def hidden_rows(self, wanted: tuple[int, ...], exposed: Sequence[Tensor]) -> Tensor | None:
-        if not wanted:
-            return None
-        missing = [i for i in wanted if i not in self.native.hidden]
-        if missing:
-            raise InputError(f"hidden state {missing[0]} was not announced: call backend.expose({list(wanted)}) first")
-        return torch.cat([exposed[self.native.hidden.index(i)] for i in wanted], -1)
-
 
 def _layout(stock: EagerBackend, step: Step) -> tuple[Layout, StepResult]:
     """Sizes of every layer's keys and values, as the stock step makes them."""
@@ -263,9 +255,7 @@ class CudaBackend(Backend):
     def expose(self, hidden: Sequence[int]) -> None:
         shared = self._shared
         with shared.lock:
-            union = tuple(sorted({*shared.native.hidden, *hidden}))
-            if union != shared.native.hidden:
-                shared.native.hidden = union
+            if shared.native.expose(hidden):
                 shared.programs.clear()
 
     def forward(self, step: Step) -> StepResult:
@@ -284,7 +274,7 @@ class CudaBackend(Backend):
             rows = [step.num_rows for step in steps]
             states = [h.split(rows) for h in exposed]
             # Still locked: another thread may expose other states, which then come in another order.
-            hidden = [shared.hidden_rows(step.hidden, [h[i] for h in states]) for i, step in enumerate(steps)]
+            hidden = [shared.native.hidden_rows(step.hidden, [h[i] for h in states]) for i, step in enumerate(steps)]
         parts = logits.split(rows if all_rows else [step.num_logits for step in steps])
         return [StepResult(part[-step.num_logits :], own) for part, step, own in zip(parts, steps, hidden, strict=True)]
 
