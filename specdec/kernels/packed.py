@@ -1,0 +1,49 @@
+"""Products with stored weights: our kernels where they run, the same sums in torch elsewhere.
+
+Shape suffixes: M rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from specdec.quant.format import Format, Parts
+
+# Smaller rows are divided by this, so that nothing overflows: such a row is zero for every purpose.
+SMALLEST = 1e-30
+
+
+def linear(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    """`x [..., K]` times the stored weight `[N, K]` transposed, plus `bias [N]`: `[..., N]` in the dtype of `x`.
+
+    A row's bits do not depend on the other rows where our kernels run.
+    """
+    return reference(x, format, parts, bias)
+
+
+def reference(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    """The same in torch alone, on any device: weights are unpacked for each call."""
+    if format.name == "int8":
+        return int8_reference(x, parts["codes"], parts["scales"], bias)
+    return F.linear(x, format.unpack(parts, x.dtype), bias)
+
+
+def rounded_rows(rows_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as int8 `[M, K]` and one float32 scale each `[M, 1]`: the largest magnitude becomes 127."""
+    rows = rows_MK.float()
+    largest_M1 = rows.abs().amax(1, keepdim=True).clamp_min(SMALLEST)
+    return (rows * (127 / largest_M1)).round().to(torch.int8), largest_M1 / 127
+
+
+def int8_reference(x: Tensor, codes_NK: Tensor, scales_N: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Activations rounded to int8 row by row, products summed exactly in int32, then scaled in float32."""
+    codes_MK, scales_M1 = rounded_rows(x.reshape(-1, x.shape[-1]))
+    out = torch._int_mm(codes_MK, codes_NK.t()).float() * scales_M1 * scales_N
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).reshape(*x.shape[:-1], -1)

@@ -1,0 +1,6 @@
+"""Weights in fewer bits: formats, the layer that multiplies with them, recipes for whole models."""
+
+from specdec.quant.format import Format, format_names, parse, register_format
+from specdec.quant.linear import PackedLinear, named_packed
+
+__all__ = ["Format", "PackedLinear", "format_names", "named_packed", "parse", "register_format"]
