@@ -37,8 +37,8 @@ class Format(ABC):
     """One way of storing a weight matrix `[N, K]` in fewer bytes. Stateless and comparable by `name`.
 
     What a product with stored weights gives: for every format but int8, that of the same rows with
-    `unpack(parts, x.dtype)`, so only the weights are rounded. int8 rounds each row of activations too, by a scale of its
-    own. Either way no row depends on another.
+    `unpack(parts, x.dtype)`, so only the weights are rounded. int8 rounds each row of activations too, by a scale of
+    its own. Either way no row depends on another.
     """
 
     @property
@@ -86,6 +86,30 @@ class Format(ABC):
 
     def __repr__(self) -> str:
         return f"<format {self.name}>"
+
+
+class GridFormat(Format):
+    """A format that chooses scales for groups of weights first, and then the nearest point of each group's grid.
+
+    Methods that choose points themselves, one column after another, use the two steps apart.
+    """
+
+    @abstractmethod
+    def group(self, K: int) -> int:
+        """Inputs that share one scale within an output's row; divides K."""
+
+    @abstractmethod
+    def fit(self, weight_NK: Tensor) -> dict[str, Tensor]:
+        """The stored parts but "codes": scales (and zeros) for a float weight."""
+
+    @abstractmethod
+    def encode(self, weight_NK: Tensor, fitted: Parts) -> Tensor:
+        """The part "codes": nearest points to any float weight on the grid of `fitted`, saturating at its ends."""
+
+    def pack(self, weight_NK: Tensor) -> dict[str, Tensor]:
+        self.parts(*weight_NK.shape)
+        fitted = self.fit(finite(weight_NK))
+        return {"codes": self.encode(weight_NK, fitted), **fitted}
 
 
 def finite(weight_NK: Tensor) -> Tensor:
