@@ -1,0 +1,140 @@
+"""Integer weights: int8 with a scale for each output, int4 with one for each group of inputs.
+
+Shape suffixes: N outputs, K inputs, G groups of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.errors import InputError
+from specdec.kernels.packed import SMALLEST
+from specdec.quant.bits import pack_bits, row_chunks, unpack_bits
+from specdec.quant.format import GridFormat, Part, Parts, register_format
+
+GROUPS = (32, 64, 128)
+
+
+class Int8(GridFormat):
+    """Parts `codes` int8 `[N, K]` and `scales` float32 `[N]`: symmetric, -127 to 127; products round activations too.
+
+    Lossless: no, weights and activations are rounded; each row of activations by its own scale, so no row depends on
+    another.
+    """
+
+    name = "int8"
+
+    def parts(self, N: int, K: int) -> dict[str, Part]:
+        return {"codes": Part((N, K), torch.int8), "scales": Part((N,), torch.float32)}
+
+    def group(self, K: int) -> int:
+        return K
+
+    def fit(self, weight_NK: Tensor) -> dict[str, Tensor]:
+        scales = torch.empty(weight_NK.shape[0], dtype=torch.float32, device=weight_NK.device)
+        for rows in row_chunks(weight_NK):
+            scales[rows] = weight_NK[rows].abs().amax(1).float().clamp_min(SMALLEST) / 127
+        return {"scales": scales}
+
+    def encode(self, weight_NK: Tensor, fitted: Parts) -> Tensor:
+        codes = torch.empty(weight_NK.shape, dtype=torch.int8, device=weight_NK.device)
+        for rows in row_chunks(weight_NK):
+            codes[rows] = (
+                (weight_NK[rows].float() / fitted["scales"][rows, None]).round_().clamp_(-127, 127).to(torch.int8)
+            )
+        return codes
+
+    def unpack(self, parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
+        codes = parts["codes"]
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        for rows in row_chunks(out):
+            out[rows] = (codes[rows].float() * parts["scales"][rows, None]).to(dtype)
+        return out
+
+
+class Int4(GridFormat):
+    """Parts `codes` uint8 `[N, K / 2]` (low nibble first), `scales` bfloat16 `[N, G]`, asymmetric also `zeros` uint8.
+
+    A nibble q stands for (q - 8) * scale, or (q - zero) * scale. Codes are chosen for the scale as it is stored.
+    Lossless: no, weights are rounded.
+    """
+
+    def __init__(self, group: int = 32, asymmetric: bool = False):
+        self.size, self.asymmetric = group, asymmetric
+
+    @property
+    def name(self) -> str:
+        return "int4" + (f"-g{self.size}" if self.size != GROUPS[0] else "") + ("-asym" if self.asymmetric else "")
+
+    def parts(self, N: int, K: int) -> dict[str, Part]:
+        if K % self.size or K == 0:
+            fits = [f"int4-g{size}" for size in GROUPS if K and K % size == 0]
+            advice = f"choose {' or '.join(fits)}" if fits else "keep this module in its dtype, or quantise it as int8"
+            raise InputError(f"{self.name} stores groups of {self.size} inputs; a weight [{N}, {K}] has {K}: {advice}")
+        found = {"codes": Part((N, K // 2), torch.uint8), "scales": Part((N, K // self.size), torch.bfloat16)}
+        if self.asymmetric:
+            found["zeros"] = Part((N, K // self.size), torch.uint8)
+        return found
+
+    def group(self, K: int) -> int:
+        return self.size
+
+    def fit(self, weight_NK: Tensor) -> dict[str, Tensor]:
+        fitted = {name: part for name, part in self.parts(*weight_NK.shape).items() if name != "codes"}
+        out = {name: torch.empty(p.shape, dtype=p.dtype, device=weight_NK.device) for name, p in fitted.items()}
+        for rows in row_chunks(weight_NK):
+            groups = weight_NK[rows].float().unflatten(-1, (-1, self.size))
+            if not self.asymmetric:
+                out["scales"][rows] = (groups.abs().amax(-1) / 7).clamp_min(SMALLEST).to(torch.bfloat16)
+                continue
+            # Zero is always on the grid; divided before the difference, which could overflow.
+            low, high = groups.amin(-1).clamp_max(0) / 15, groups.amax(-1).clamp_min(0) / 15
+            scales = (high - low).clamp_min(SMALLEST).to(torch.bfloat16)
+            out["scales"][rows] = scales
+            out["zeros"][rows] = (-low * 15 / scales.float()).round_().clamp_(0, 15).to(torch.uint8)
+        return out
+
+    def encode(self, weight_NK: Tensor, fitted: Parts) -> Tensor:
+        N, K = weight_NK.shape
+        codes = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
+        for rows in row_chunks(weight_NK):
+            groups = weight_NK[rows].float().unflatten(-1, (-1, self.size))
+            nibbles = (groups / fitted["scales"][rows].float().unsqueeze(-1)).round_()
+            nibbles = nibbles.add_(self._zeros(fitted, rows)).clamp_(0, 15).to(torch.uint8)
+            codes[rows] = pack_bits(nibbles.flatten(-2), 4)
+        return codes
+
+    def unpack(self, parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
+        N, K = parts["codes"].shape[0], parts["codes"].shape[1] * 2
+        out = torch.empty(N, K, dtype=dtype, device=parts["codes"].device)
+        for rows in row_chunks(out):
+            nibbles = unpack_bits(parts["codes"][rows], 4, K).float().unflatten(-1, (-1, self.size))
+            exact = nibbles.sub_(self._zeros(parts, rows)).mul_(parts["scales"][rows].float().unsqueeze(-1))
+            out[rows] = exact.flatten(-2).to(dtype)
+        return out
+
+    def _zeros(self, parts: Parts, rows: slice) -> Tensor | float:
+        return parts["zeros"][rows].float().unsqueeze(-1) if self.asymmetric else 8.0
+
+
+def _int8(options: tuple[str, ...]) -> Int8:
+    if options:
+        raise InputError(f"{'-'.join(('int8', *options))!r} is no weight format: int8 takes no options")
+    return Int8()
+
+
+def _int4(options: tuple[str, ...]) -> Int4:
+    groups = {f"g{size}": size for size in GROUPS}
+    sizes = [groups[option] for option in options if option in groups]
+    unknown = [option for option in options if option not in groups and option != "asym"]
+    if unknown or len(sizes) > 1 or options.count("asym") > 1:
+        raise InputError(
+            f"{'-'.join(('int4', *options))!r} is no weight format: int4 takes one group size of {', '.join(groups)}, "
+            "and asym"
+        )
+    return Int4(sizes[0] if sizes else GROUPS[0], "asym" in options)
+
+
+register_format("int8", _int8)
+register_format("int4", _int4)
