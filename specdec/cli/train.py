@@ -1,4 +1,4 @@
-"""`specdec train KIND`: a drafter for a target of one's own."""
+"""`specdec train KIND`: a drafter for a target of one's own, or the target's own weights in fewer bits."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ examples:
   specdec train draft --target org/target --data texts.jsonl --layers 4 --hidden 512 --out runs/draft
   specdec train draft --self-generate 2000 --init embedded --loss lk --on-policy 0.5
   specdec train draft --help                               the options of a kind
+  specdec train recover --target org/target --data texts.jsonl --recipe int4-g64 --out runs/int4
+  specdec train recover --recipe sparse-80 --prune wanda --prune-steps 8 --minutes 30 --out runs/sparse
   specdec train export runs/eagle --layout speculators --out eagle-speculators
 
 An interrupted run goes on when the same command is given again. On several GPUs, or on the CPU in several processes:
@@ -37,8 +39,9 @@ def add_parser(subparsers: Any) -> None:
     kinds = ", ".join(registry.available("trainer"))
     parser = subparsers.add_parser(
         "train",
-        help="train a drafter for a target",
-        description=f"Train a drafter for a target, whose weights stay as they are. Kinds: {kinds}.",
+        help="train a drafter for a target, or its weights for fewer bits",
+        description="Train a drafter for a target, whose weights stay as they are; or, as `recover`, a copy of the "
+        f"target whose weights are stored in fewer bits. Kinds: {kinds}.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -214,12 +217,11 @@ def _show(report: Report, arguments: argparse.Namespace, out: Console) -> None:
         f"ended by {report.ended}; best at step {best['step']}",
         markup=False,
     )
-    for temperature in (1, 0):
-        positions = "  ".join(f"{value:.3f}" for value in best[f"alpha_t{temperature}"])
-        length = best[f"expected_length_t{temperature}"]
-        out.print(f"held-out, temperature {temperature}: {length:.3f} tokens a round; by position {positions}")
+    kind: type[Objective] = registry.find("trainer", report.kind)
+    for line in kind.summary(report.curve[0], best):
+        out.print(line, markup=False)
     target = f" --target {arguments.target}" if arguments.target else ""
-    out.print(f"specdec compare{target} --drafter {report.out}", markup=False, soft_wrap=True)
+    out.print(f"specdec {kind.usage.format(target=target, out=report.out)}", markup=False, soft_wrap=True)
 
 
 def _export(rest: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What a kind of drafter brings to its training. The framework brings data, loop, checkpoints, evaluation, files.
+"""What a kind of training brings with it. The framework brings data, loop, checkpoints, evaluation, files.
 
 Shape suffixes: B rows, L tokens of a row, V vocabulary, H hidden width, N starting positions, K drafted positions.
 
@@ -13,6 +13,9 @@ A kind is one class, derived from `Objective` and registered in the entry-point 
    position; the best weights by `expected_length` are kept.
 5. `save(folder)` writes what `specdec.load(target, drafter=folder)` opens; `export` writes another project's layout.
 
+Most kinds train a drafter. One that trains the target's own successor says so by `described`, `summary` and `usage`,
+adds what it measures by `measures` and `judge`, and changes its course with the budget by `advance` and `settled`.
+
 Conventions of positions. Logits at t are the target's distribution of token t + 1. A drafter starts from position t
 knowing tokens 0..t and the target's hidden states 0..t - or, as the loop does it, tokens 0..t+1 and states 0..t. Which
 of the two a kind means is its own affair; it reports only the starts t at which all of its K predictions exist.
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -81,6 +84,11 @@ class Objective(ABC):
     #: Fields of `Settings` whose defaults on the command line are other ones for this kind, such as `lr`.
     recommended: ClassVar[Mapping[str, Any]] = {}
 
+    #: Names of what `judge` measures beside acceptance.
+    measures: ClassVar[tuple[str, ...]] = ()
+    #: The command to try the result with, without `specdec`; `{target}` is " --target T" or empty, `{out}` the folder.
+    usage: ClassVar[str] = "compare{target} --drafter {out}"
+
     #: What is trained: float32, `requires_grad` where wanted; its `state_dict` is what checkpoints hold. The target is
     #: no part of it. Assigned by `build`; the trainer moves it to the target's device and does not wrap it.
     module: nn.Module
@@ -128,6 +136,44 @@ class Objective(ABC):
         own tokens up to there. Called in evaluation mode, without gradients.
         """
 
+    def judge(self, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """What `acceptance` gives, and values `[N]` at held-out positions for each of `measures`: the curve has their
+        means."""
+        return (*self.acceptance(batch), {})
+
+    def advance(self, share: float) -> None:
+        """Told before the first step, and after each, which share of the budget is spent (1: all).
+
+        What it changes must be part of `module`'s state, for a resumed run is told nothing of what was before.
+        """
+        return None
+
+    @property
+    def settled(self) -> bool:
+        """Whether weights may be kept from here on; while False, none are, and the run does not end early."""
+        return True
+
+    @classmethod
+    def described(cls, row: Mapping[str, Any]) -> str:
+        """A row of the curve in one line."""
+        alphas = " ".join(f"{value:.2f}" for value in row["alpha_t1"])
+        return (
+            f"expected length {row['expected_length_t1']:.3f} at temperature 1, {row['expected_length_t0']:.3f} "
+            f"greedy; by position {alphas}"
+        )
+
+    @classmethod
+    def summary(cls, first: Mapping[str, Any], best: Mapping[str, Any]) -> list[str]:
+        """Lines about the weights that were kept; `first`: the row before the first step."""
+        lines = []
+        for temperature in (1, 0):
+            positions = "  ".join(f"{value:.3f}" for value in best[f"alpha_t{temperature}"])
+            length = best[f"expected_length_t{temperature}"]
+            lines.append(
+                f"held-out, temperature {temperature}: {length:.3f} tokens a round; by position {positions}"
+            )
+        return lines
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write safetensors and `config.json` whose `specdec_drafter` names the drafter that reads them.
@@ -151,14 +197,34 @@ class Acceptance:
     """
 
     reached: Tensor | None = None  # [2, K + 1] float64: sums of the products, at temperatures 1 and 0; first: starts
+    measured: dict[str, Tensor] = field(default_factory=dict)  # [2] float64: sum and number of other measures
 
-    def add(self, overlap_NK: Tensor, agree_NK: Tensor) -> None:
+    def add(self, overlap_NK: Tensor, agree_NK: Tensor, measures: Mapping[str, Tensor] | None = None) -> None:
         both = torch.stack((overlap_NK, agree_NK)).to("cpu", torch.float64)
         if not bool(((both >= -1e-6) & (both <= 1 + 1e-5)).all()):
             raise InputError("acceptance has values outside 0..1: the drafter's or the target's outputs are not finite")
         products = both.clamp(0, 1).cumprod(2).sum(1)
         sums = torch.cat((torch.full((2, 1), float(both.shape[1]), dtype=torch.float64), products), 1)
         self.reached = sums if self.reached is None else self.reached + sums
+        for name, value_N in (measures or {}).items():
+            pair = torch.tensor([value_N.double().sum().item(), value_N.numel()], dtype=torch.float64)
+            self.measured[name] = self.measured.get(name, 0) + pair
+
+    def sums(self, measures: Sequence[str]) -> Tensor:
+        """Everything in one flat float64 tensor, whose sum over processes `restore` reads."""
+        assert self.reached is not None
+        nothing = torch.zeros(2, dtype=torch.float64)
+        return torch.cat([self.reached.reshape(-1), *(self.measured.get(name, nothing) for name in measures)])
+
+    def restore(self, sums: Tensor, measures: Sequence[str]) -> None:
+        assert self.reached is not None
+        count = self.reached.numel()
+        self.reached = sums[:count].view_as(self.reached)
+        self.measured = dict(zip(measures, sums[count:].view(-1, 2), strict=True))
+
+    def means(self) -> dict[str, float]:
+        """Of the other measures, over all positions."""
+        return {name: (total / count).item() for name, (total, count) in self.measured.items()}
 
     def by_position(self, temperature: int) -> list[float]:
         """alpha_1 … alpha_K at temperature 1 or 0."""

@@ -96,11 +96,7 @@ class Progress:
         line = "  ".join(part for part in (left, loss, metrics, self._newest) if part)
         self._bar.update(self._task, completed=min(share, 1.0), line=line)
 
-    def held_out(self, row: Mapping[str, Any], is_best: bool) -> None:
-        both = [f"{row[f'expected_length_t{t}']:.3f}" for t in (1, 0)]
-        self._newest = f"held-out {both[0]} tokens a round (greedy {both[1]})"
-        alphas = " ".join(f"{value:.2f}" for value in row["alpha_t1"])
-        self.say(
-            f"step {row['step']:>6}  {duration(row['seconds']):>7}  expected length {both[0]} at temperature 1, "
-            f"{both[1]} greedy; by position {alphas}{'  best' if is_best else ''}"
-        )
+    def held_out(self, row: Mapping[str, Any], described: str, is_best: bool) -> None:
+        self._newest = "held-out: " + described.partition(";")[0]
+        mark = "  best" if is_best else ""
+        self.say(f"step {row['step']:>6}  {duration(row['seconds']):>7}  {described}{mark}")

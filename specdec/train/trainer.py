@@ -164,14 +164,15 @@ class _Run:
         num_bytes = 0
         for batch in self.kept or (self.batch_of(rows) for rows in self.held_out()[self.rank :: self.world]):
             with self.autocast():
-                found.add(*self.objective.acceptance(batch))
+                found.add(*self.objective.judge(batch))
             if self.kept is None:
                 num_bytes += batch.logits_BLV.nbytes + sum(states.nbytes for states in batch.hidden.values())
                 fresh = [*fresh, batch] if num_bytes <= _KEPT_BYTES else []
         if self.kept is None and num_bytes <= _KEPT_BYTES:
             self.kept = fresh
         if self.world > 1:
-            found.reached = self.accelerator.reduce(found.reached.to(self.device), reduction="sum").cpu()
+            sums = found.sums(self.objective.measures).to(self.device)
+            found.restore(self.accelerator.reduce(sums, reduction="sum").cpu(), self.objective.measures)
         self.module.train()
         return found
 
@@ -181,14 +182,17 @@ class _Run:
         for temperature in (1, 0):
             row[f"expected_length_t{temperature}"] = found.expected_length(temperature)
             row[f"alpha_t{temperature}"] = found.by_position(temperature)
+        row.update(found.means())
         state.curve.append(row)
         key = f"expected_length_t{self.settings.judged_at}"
-        if len(state.curve) == 1 or row[key] > state.curve[state.best][key]:
+        if not self.objective.settled:
+            self.best = None
+        elif self.best is None or row[key] > state.curve[state.best][key]:
             state.best, state.stale = len(state.curve) - 1, 0
             self.best = checkpoint.snapshot(self.module)
         else:
             state.stale += 1
-        self.progress.held_out(row, is_best=state.stale == 0)
+        self.progress.held_out(row, self.objective.described(row), self.best is not None and state.stale == 0)
 
     # ------------------------------------------------------------ the loop
 
@@ -211,6 +215,7 @@ class _Run:
         settings, state = self.settings, self.state
         self.module.train()
         if not state.curve:
+            self.objective.advance(0.0)
             self.evaluate()
         started, saved_at = time.monotonic() - state.seconds, time.monotonic()
         share = self.share()
@@ -219,6 +224,7 @@ class _Run:
                 losses = self.step(share)
                 state.seconds = time.monotonic() - started
                 share, asked = self.agree(self.share(), signal.is_set)
+                self.objective.advance(share)
                 self.progress.step(share, state, losses)
                 if int(min(share, 1.0) * settings.evaluations + 1e-9) > state.evaluated:
                     state.evaluated = int(min(share, 1.0) * settings.evaluations + 1e-9)
