@@ -165,11 +165,7 @@ class DraftObjective(Objective):
         return logits
 
     def loss(self, batch: Batch) -> Losses:
-        q_logits_BLV, p_logits_BLV = self._q_logits(batch), batch.logits_BLV
-        if bool(batch.mask_BL.all()):
-            q_logits_NV, p_logits_NV = q_logits_BLV.flatten(0, 1), p_logits_BLV.flatten(0, 1)
-        else:
-            q_logits_NV, p_logits_NV = q_logits_BLV[batch.mask_BL], p_logits_BLV[batch.mask_BL]
+        q_logits_NV, p_logits_NV = batch.counted(self._q_logits(batch)), batch.counted(batch.logits_BLV)
         return Losses(divergence(self.loss_name, p_logits_NV.softmax(-1), q_logits_NV).mean())
 
     def acceptance(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,10 @@ class Batch:
     logits_BLV: Tensor
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
 
+    def counted(self, values_BLV: Tensor) -> Tensor:
+        """`[N, V]`: those at the positions that count."""
+        return values_BLV.flatten(0, 1) if bool(self.mask_BL.all()) else values_BLV[self.mask_BL]
+
     def starts(self, last: int, first: int = 0) -> Tensor:
         """Bool `[B, L - last]`: the starts t at which positions t + first … t + last all count."""
         length = self.mask_BL.shape[1] - last
