@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InputError
+from specdec.quant.bits import row_chunks
 
 #: The tensors that one weight `[N, K]` is stored in, by name ("codes", "scales", ...).
 Parts = Mapping[str, Tensor]
@@ -106,6 +107,16 @@ class GridFormat(Format):
     def encode(self, weight_NK: Tensor, fitted: Parts) -> Tensor:
         """The part "codes": nearest points to any float weight on the grid of `fitted`, saturating at its ends."""
 
+    def nearest(self, columns_NM: Tensor, fitted: Parts) -> Tensor:
+        """The points `[N, M]`, in float32, that `encode` chooses for M columns of the one group of `fitted`.
+
+        By default the columns are filled up to a whole group.
+        """
+        M = columns_NM.shape[1]
+        group = self.group(M)
+        whole_NK = torch.nn.functional.pad(columns_NM, (0, -M % group))
+        return self.unpack({"codes": self.encode(whole_NK, fitted), **fitted})[:, :M]
+
     def pack(self, weight_NK: Tensor) -> dict[str, Tensor]:
         self.parts(*weight_NK.shape)
         fitted = self.fit(finite(weight_NK))
@@ -114,7 +125,7 @@ class GridFormat(Format):
 
 def finite(weight_NK: Tensor) -> Tensor:
     """The weight, or an `InputError` that counts what cannot be stored."""
-    bad = int((~torch.isfinite(weight_NK)).sum())
+    bad = sum(int((~torch.isfinite(weight_NK[rows])).sum()) for rows in row_chunks(weight_NK))
     if bad:
         raise InputError(f"{bad} of {weight_NK.numel()} weights are NaN or infinite; such a weight cannot be quantised")
     return weight_NK

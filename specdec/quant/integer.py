@@ -11,9 +11,11 @@ from torch import Tensor
 from specdec.errors import InputError
 from specdec.kernels.packed import SMALLEST
 from specdec.quant.bits import pack_bits, row_chunks, unpack_bits
-from specdec.quant.format import GridFormat, Part, Parts, register_format
+from specdec.quant.format import GridFormat, Part, Parts, finite, register_format
 
 GROUPS = (32, 64, 128)
+# Scales of more than these would make the far end of the grid infinite in float32; both are bfloat16 numbers.
+_MOST, _MOST_ASYMMETRIC = 2.0**125 - 2.0**117, 2.0**124 + 2.0**120
 
 
 class Int8(GridFormat):
@@ -49,14 +51,20 @@ class Int8(GridFormat):
         codes = parts["codes"]
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         for rows in row_chunks(out):
-            out[rows] = (codes[rows].float() * parts["scales"][rows, None]).to(dtype)
+            out[rows] = codes[rows].float() * parts["scales"][rows, None]
         return out
+
+    def check(self, parts: Parts, N: int, K: int) -> None:
+        """As the base class; and `InputError` for scales that are not finite."""
+        super().check(parts, N, K)
+        _check_grid(self, parts, N, K)
 
 
 class Int4(GridFormat):
     """Parts `codes` uint8 `[N, K / 2]` (low nibble first), `scales` bfloat16 `[N, G]`, asymmetric also `zeros` uint8.
 
-    A nibble q stands for (q - 8) * scale, or (q - zero) * scale. Codes are chosen for the scale as it is stored.
+    A nibble q stands for (q - 8) * scale, with scales of either sign, or for (q - zero) * scale. Codes are chosen for
+    the scale as it is stored.
     Lossless: no, weights are rounded.
     """
 
@@ -81,25 +89,27 @@ class Int4(GridFormat):
         return self.size
 
     def fit(self, weight_NK: Tensor) -> dict[str, Tensor]:
-        fitted = {name: part for name, part in self.parts(*weight_NK.shape).items() if name != "codes"}
-        out = {name: torch.empty(p.shape, dtype=p.dtype, device=weight_NK.device) for name, p in fitted.items()}
+        wanted = {name: part for name, part in self.parts(*weight_NK.shape).items() if name != "codes"}
+        fitted = {name: torch.empty(p.shape, dtype=p.dtype, device=weight_NK.device) for name, p in wanted.items()}
         for rows in row_chunks(weight_NK):
             groups = weight_NK[rows].float().unflatten(-1, (-1, self.size))
+            low, high = groups.amin(-1), groups.amax(-1)
             if not self.asymmetric:
-                out["scales"][rows] = (groups.abs().amax(-1) / 7).clamp_min(SMALLEST).to(torch.bfloat16)
+                # The codes reach one step further down than up, so the larger end goes down: by a negative scale if
+                # it is positive. That is a seventh finer than steps that reach both ends.
+                fitted["scales"][rows] = _stored(torch.where(high >= -low, high, low) / -8, _MOST)
                 continue
-            # Zero is always on the grid; divided before the difference, which could overflow.
-            low, high = groups.amin(-1).clamp_max(0) / 15, groups.amax(-1).clamp_min(0) / 15
-            scales = (high - low).clamp_min(SMALLEST).to(torch.bfloat16)
-            out["scales"][rows] = scales
-            out["zeros"][rows] = (-low * 15 / scales.float()).round_().clamp_(0, 15).to(torch.uint8)
-        return out
+            # Zero is always on the grid. Divided first: the difference could overflow.
+            low, high = low.clamp_max(0) / 15, high.clamp_min(0) / 15
+            fitted["scales"][rows] = scales = _stored(high - low, _MOST_ASYMMETRIC)
+            fitted["zeros"][rows] = (low / scales.float() * -15).round_().clamp_(0, 15).to(torch.uint8)
+        return fitted
 
     def encode(self, weight_NK: Tensor, fitted: Parts) -> Tensor:
         N, K = weight_NK.shape
         codes = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
         for rows in row_chunks(weight_NK):
-            groups = weight_NK[rows].float().unflatten(-1, (-1, self.size))
+            groups = finite(weight_NK[rows]).float().unflatten(-1, (-1, self.size))
             nibbles = (groups / fitted["scales"][rows].float().unsqueeze(-1)).round_()
             nibbles = nibbles.add_(self._zeros(fitted, rows)).clamp_(0, 15).to(torch.uint8)
             codes[rows] = pack_bits(nibbles.flatten(-2), 4)
@@ -111,11 +121,40 @@ class Int4(GridFormat):
         for rows in row_chunks(out):
             nibbles = unpack_bits(parts["codes"][rows], 4, K).float().unflatten(-1, (-1, self.size))
             exact = nibbles.sub_(self._zeros(parts, rows)).mul_(parts["scales"][rows].float().unsqueeze(-1))
-            out[rows] = exact.flatten(-2).to(dtype)
+            out[rows] = exact.flatten(-2)
         return out
+
+    def check(self, parts: Parts, N: int, K: int) -> None:
+        """As the base class; and `InputError` for scales that are not finite, or zeros that are no nibble."""
+        super().check(parts, N, K)
+        _check_grid(self, parts, N, K)
+
+    def nearest(self, columns_NM: Tensor, fitted: Parts) -> Tensor:
+        scales, zeros = fitted["scales"].float(), fitted["zeros"].float() if self.asymmetric else 8.0
+        return ((columns_NM.float() / scales).round_() + zeros).clamp_(0, 15).sub_(zeros).mul_(scales)
 
     def _zeros(self, parts: Parts, rows: slice) -> Tensor | float:
         return parts["zeros"][rows].float().unsqueeze(-1) if self.asymmetric else 8.0
+
+
+def _stored(scales: Tensor, most: float) -> Tensor:
+    """Scales of either sign as bfloat16, of magnitudes that neither divide to infinity nor multiply to it."""
+    return torch.copysign(scales.abs().clamp_(SMALLEST, most), scales).to(torch.bfloat16)
+
+
+def _check_grid(format: GridFormat, parts: Parts, N: int, K: int) -> None:
+    """`InputError` for scales and zeros that this library never writes."""
+    scales, zeros = parts["scales"], parts.get("zeros")
+    if scales.is_meta:
+        return
+    bad = int((~torch.isfinite(scales)).sum())
+    outside = int((zeros > 15).sum()) if zeros is not None else 0
+    if bad or outside:
+        found = f"{bad} NaN or infinite 'scales'" if bad else f"{outside} 'zeros' beyond 15"
+        raise InputError(
+            f"{format.name} weights [{N}, {K}] hold {found}, which this library never writes: the file is damaged, "
+            "or was made from a model that is"
+        )
 
 
 def _int8(options: tuple[str, ...]) -> Int8:
