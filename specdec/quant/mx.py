@@ -68,12 +68,12 @@ class MXFormat(GridFormat):
 
     def nearest(self, columns_NM: Tensor, fitted: Parts) -> Tensor:
         # Divided by their scales, numbers of all rows fill blocks whose scale is one.
-        shared_N1 = fitted["scales"].to(torch.int32) - 127
-        scaled = columns_NM.float() * _power(-shared_N1.clamp_max(127))
-        blocks = torch.nn.functional.pad(scaled.flatten(), (0, -scaled.numel() % BLOCK)).unflatten(0, (1, -1))
-        ones = torch.full((1, blocks.shape[1] // BLOCK), 127, dtype=torch.uint8, device=blocks.device)
+        shared_N1 = fitted["scales"].int() - 127
+        scaled = torch.ldexp(columns_NM.float(), -shared_N1)
+        blocks = torch.nn.functional.pad(scaled.flatten(), (0, -scaled.numel() % BLOCK))
+        ones = torch.full((len(blocks) // BLOCK,), 127, dtype=torch.uint8, device=blocks.device)
         points = block_values(block_codes(blocks, ones, self.element), ones, self.element)
-        return points.flatten()[: scaled.numel()].view_as(scaled) * _power(shared_N1)
+        return torch.ldexp(points[: scaled.numel()].view_as(scaled), shared_N1)
 
     def check(self, parts: Parts, N: int, K: int) -> None:
         """As the base class; and `InputError` when blocks or codes are stored that are NaN or infinite."""
