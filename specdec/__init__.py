@@ -7,15 +7,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdec.api import SpeculativeDecoder, load
     from specdec.generation import Generation
+    from specdec.quant.hf import IntConfig, MXConfig, QuantConfig, SparseConfig
     from specdec.sampling import Sampling
 
 __version__ = version("specdec")
-__all__ = ["Generation", "Sampling", "SpeculativeDecoder", "__version__", "load"]
+__all__ = [
+    "Generation",
+    "IntConfig",
+    "MXConfig",
+    "QuantConfig",
+    "Sampling",
+    "SparseConfig",
+    "SpeculativeDecoder",
+    "__version__",
+    "load",
+]
 
 # Loaded on first use, so that `specdec --help` does not wait for torch.
 _HOMES = {
     "Generation": "specdec.generation",
+    "IntConfig": "specdec.quant.hf",
+    "MXConfig": "specdec.quant.hf",
+    "QuantConfig": "specdec.quant.hf",
     "Sampling": "specdec.sampling",
+    "SparseConfig": "specdec.quant.hf",
     "SpeculativeDecoder": "specdec.api",
     "load": "specdec.api",
 }
