@@ -37,7 +37,8 @@ def rounded_rows(rows_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as int8 `[M, K]` and one float32 scale each `[M, 1]`: the largest magnitude becomes 127."""
     rows = rows_MK.float()
     largest_M1 = rows.abs().amax(1, keepdim=True).clamp_min(SMALLEST)
-    return (rows * (127 / largest_M1)).round().to(torch.int8), largest_M1 / 127
+    factor_M1 = torch.full_like(largest_M1, 127).div(largest_M1)  # `127 / x` would be 127 times a rounded inverse
+    return (rows * factor_M1).round().to(torch.int8), largest_M1 / 127
 
 
 def int8_reference(x: Tensor, codes_NK: Tensor, scales_N: Tensor, bias: Tensor | None = None) -> Tensor:
