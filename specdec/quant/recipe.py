@@ -149,7 +149,7 @@ class Recipe:
         self._check_rules(list(shapes))
         chosen: dict[str, Format] = {}
         for name, (N, K) in shapes.items():
-            wanted = self._wanted(name, name == head if head is not None else is_head(name))
+            wanted = self.format_name(name, name == head if head is not None else is_head(name))
             format = self._fitting(name, wanted, N, K) if wanted is not None else None
             if format is not None:
                 chosen[name] = format
@@ -160,7 +160,8 @@ class Recipe:
             )
         return chosen
 
-    def _wanted(self, name: str, head: bool) -> str | None:
+    def format_name(self, name: str, head: bool = False) -> str | None:
+        """What a layer of this name, or the head, is to be stored in; None to keep it."""
         for pattern, format in self.rules:
             if re.search(pattern, name):
                 return format

@@ -1,0 +1,94 @@
+"""What quantising a model takes, said before work starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec.errors import MemoryBudgetError
+from specdec.quant.report import Report
+
+# Weights that are rounded at once, and bytes that each of them may take meanwhile: 3 were the most that was measured of
+# any built-in format, and others may be less thrifty.
+CHUNK, PER_WEIGHT = 1 << 22, 8
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. `result`: of the files; `peak`: of memory while they are made; `loaded`: of the quantised model at rest.
+
+    `peak` leaves out this process itself, and the pages of the source that the system may drop at any time.
+    """
+
+    source: int
+    result: int
+    peak: int
+    loaded: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check(self, folder: Path, budget: int | None = None) -> None:
+        """`MemoryBudgetError` with the figures when the work cannot fit into memory, `budget`, or `folder`'s disk."""
+        advice = "write smaller shards (--max-shard-size), or work on a machine with more memory"
+        if budget is not None and self.peak > budget:
+            raise MemoryBudgetError(
+                f"quantising takes up to {self.peak:,} bytes of memory; the budget is {budget:,}: raise it, or {advice}"
+            )
+        available = available_memory()
+        if available is not None and self.peak > available:
+            raise MemoryBudgetError(
+                f"quantising takes up to {self.peak:,} bytes of memory; {available:,} are free here: {advice}"
+            )
+        free = shutil.disk_usage(folder).free
+        if self.result > free:
+            raise MemoryBudgetError(
+                f"the quantised model takes {self.result:,} bytes; the disk of {folder} has {free:,} free. Choose "
+                "another --out"
+            )
+
+
+def of_stream(report: Report, max_shard: int) -> Estimate:
+    """When tensors are read from files one at a time: a shard, one layer above it, and the rounding of some rows."""
+    largest = max(layer.after for layer in report.layers)
+    rounding = PER_WEIGHT * min(CHUNK, max(layer.weights for layer in report.layers))
+    return Estimate(report.before, report.after, min(max_shard, report.after) + largest + rounding, report.after)
+
+
+def of_loaded(report: Report, extra: int = 0) -> Estimate:
+    """When the whole model is in memory, and its layers are replaced one after another; `extra`: of the method."""
+    rounding = PER_WEIGHT * min(CHUNK, max(layer.weights for layer in report.layers))
+    largest = max(layer.after for layer in report.layers)
+    return Estimate(report.before, report.after, report.before + largest + rounding + extra, report.after)
+
+
+def available_memory() -> int | None:
+    """Bytes that a process may still take: what the system has, or its control group leaves; None when neither says."""
+    found = [*_system(), *_control_group()]
+    return min(found) if found else None
+
+
+def _system(path: Path = Path("/proc/meminfo")) -> Iterable[int]:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) << 10
+
+
+def _control_group(folder: Path = _CGROUP) -> Iterable[int]:
+    """Of containers. Pages of files count as used there, but are given back when they are needed."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return
+    if limit != "max":
+        yield max(0, int(limit) - used + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)))
