@@ -96,14 +96,18 @@ def attend(
     return out
 
 
-def slots(num_layers: int) -> Any:
+def slots(num_layers: int, kv_cache: str | None = None) -> Any:
     """A cache of one sequence, `torch.classes.specdec.Slots`: `[V, C, D]` keys and `[V, C, E]` values per layer.
 
     `reserve(capacity)` sets C, and never shrinks it; `gather(slots, start)` moves slots so that they lie one after
     another; `fork(length)` copies the first slots; `num_bytes()`, `capacity()`, `keys(layer)`, `values(layer)`.
+
+    `kv_cache`: a name of `specdec.quant.kv`. Rows are then rounded when they are written, and `attend` computes on what
+    is stored, unpacked, with the bits that it has on a cache that holds just that; `keys` and `values` are the codes,
+    `key_scales(layer)` and `value_scales(layer)` stand beside them.
     """
     _need()
-    return torch.classes.specdec.Slots(num_layers)
+    return torch.classes.specdec.Slots(num_layers, kv_cache or "plain")
 
 
 def steps() -> Any:

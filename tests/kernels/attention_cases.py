@@ -77,9 +77,9 @@ def one_by_one(shape: Shape, q: Tensor, k: Tensor, v: Tensor, capacity: int = 40
     return torch.cat(outputs), slots
 
 
-def prefilled(shape: Shape, k: Tensor, v: Tensor, capacity: int = 4096) -> object:
+def prefilled(shape: Shape, k: Tensor, v: Tensor, capacity: int = 4096, kv_cache: str | None = None) -> object:
     """A cache that holds these keys and values, written in one step."""
-    slots = kernels.slots(1)
+    slots = kernels.slots(1, kv_cache)
     slots.reserve(capacity)
     num = k.shape[1]
     step(shape, slots, 0, 0, torch.zeros(shape.heads, num, shape.size, dtype=shape.dtype), k, v, *chain(0, num))

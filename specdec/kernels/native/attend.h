@@ -61,11 +61,37 @@ struct Attention {
         std::memcpy(packed + (r * group + g) * D * item,
                     from + ((unit.head * group + g) * q.stride(1) + (unit.row + r) * q.stride(2)) * item, D * item);
     const Slots::Layer& cache = unit.segment->slots->layer(layer);
-    const int64_t capacity = cache.keys.size(1);
-    return {packed,
-            static_cast<const char*>(cache.keys.const_data_ptr()) + unit.head * capacity * D * item,
-            static_cast<const char*>(cache.values.const_data_ptr()) + unit.head * capacity * E * item,
-            rows.data() + unit.row, unit.num_rows, group, D, E, unit.segment->prefix, scale, softcap};
+    return {packed, cache.keys.row(unit.head, 0), cache.values.row(unit.head, 0), rows.data() + unit.row,
+            unit.num_rows, group, D, E, unit.segment->prefix, 0, scale, softcap};
+  }
+
+  // One chunk of a tile. Rows that are stored in fewer bits are decoded first, all that its rows find there, once.
+  void one_chunk(const Unit& unit, Tile& work, int64_t chunk, void* scores, const Partial& part) const {
+    const Storage storage = unit.segment->slots->storage();
+    if (storage != kPlain) {
+      static thread_local Scratch decoded;
+      int64_t begin = INT64_MAX, end = 0;
+      for (int64_t i = unit.row; i < unit.row + unit.num_rows; i++) {
+        const int64_t first = std::max(rows[i].first, chunk * kChunk);
+        const int64_t last = std::min(rows[i].count, (chunk + 1) * kChunk) - 1;
+        if (first > last) continue;
+        begin = std::min(begin, slot_of(work.prefix, rows[i], first));
+        end = std::max(end, slot_of(work.prefix, rows[i], last) + 1);
+      }
+      const int64_t num = std::max<int64_t>(0, end - begin);
+      decoded.reset(num * (D + E) * item + 2 * 64);
+      const Slots::Layer& cache = unit.segment->slots->layer(layer);
+      const auto read = [&](const Slots::Rows& from, int64_t size) {
+        void* to = decoded.take(num * size * item);
+        if (num > 0)
+          table.decode[type][storage](from.row(unit.head, begin), from.scale(unit.head, begin), num, size, to);
+        return to;
+      };
+      work.keys = read(cache.keys, D);
+      work.values = read(cache.values, E);
+      work.first_slot = num > 0 ? begin : 0;
+    }
+    table.attend[type](work, chunk, scores, part);
   }
 
   size_t tile_bytes(const Unit& unit) const { return queries(unit) * (D * item + kChunk * wide) + 2 * 64; }
@@ -82,11 +108,11 @@ struct Attention {
     static thread_local Scratch scratch;
     static thread_local std::vector<int64_t> offsets;
     scratch.reset(tile_bytes(unit) + 2 * partial_bytes(unit));
-    const Tile work = tile(unit, scratch);
+    Tile work = tile(unit, scratch);
     void* scores = scratch.take(queries(unit) * kChunk * wide);
     const Partial sum = partial(unit, scratch), part = partial(unit, scratch);
     for (int64_t chunk = unit.first_chunk; chunk < unit.end_chunk; chunk++) {
-      table.attend[type](work, chunk, scores, part);
+      one_chunk(unit, work, chunk, scores, part);
       table.merge[type](sum, part, queries(unit), E);
     }
     finish(unit, sum, offsets);
@@ -110,8 +136,8 @@ struct Attention {
       for (int64_t i = begin; i < end; i++) {
         const Unit& unit = *pieces[i].first;
         scratch.reset(tile_bytes(unit));
-        const Tile work = tile(unit, scratch);
-        table.attend[type](work, pieces[i].second, scratch.take(queries(unit) * kChunk * wide), parts[i]);
+        Tile work = tile(unit, scratch);
+        one_chunk(unit, work, pieces[i].second, scratch.take(queries(unit) * kChunk * wide), parts[i]);
       }
     });
     std::vector<int64_t> offsets;

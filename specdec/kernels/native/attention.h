@@ -5,24 +5,19 @@
 #pragma once
 #include <math.h>
 
-#include "linear.h"
+#include "kv.h"
 
 namespace {
 
 static INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static INLINE int64_t slot_of(const Tile& tile, const Row& row, int64_t j) {
-  const int64_t late = j - tile.prefix - row.lead;
-  return late < 0 ? j : tile.prefix + row.columns[late];
-}
-
 // Calls run(j, slot, length) for stretches of j in [begin, end) that stand in neighbouring slots.
 template <class F>
 static INLINE void runs(const Tile& tile, const Row& row, int64_t begin, int64_t end, F run) {
   for (int64_t j = begin; j < end;) {
-    int64_t slot = slot_of(tile, row, j), length = 1;
-    while (j + length < end && slot_of(tile, row, j + length) == slot + length) length++;
+    int64_t slot = slot_of(tile.prefix, row, j), length = 1;
+    while (j + length < end && slot_of(tile.prefix, row, j + length) == slot + length) length++;
     run(j, slot, length);
     j += length;
   }
@@ -96,7 +91,7 @@ template <class V>
 static void score_run(const Tile& tile, int64_t q, int64_t num, int64_t slot, int64_t length, typename V::A* scores) {
   using T = typename V::T;
   const T* queries = static_cast<const T*>(tile.queries) + q * tile.D;
-  const T* keys = static_cast<const T*>(tile.keys) + slot * tile.D;
+  const T* keys = static_cast<const T*>(tile.keys) + (slot - tile.first_slot) * tile.D;
   ScoreSink<V> sink{scores, kChunk};
   strips<V>(queries, tile.D, num, keys, tile.D, tile.D, 0, length, sink);
 }
@@ -145,7 +140,7 @@ static void mix_queries(const typename A::S* weights, const typename V::T* value
 template <class V, class A>
 static void mix_run(const Tile& tile, int64_t num, int64_t slot, int64_t length, const typename A::S* weights,
                     typename A::S* outputs) {
-  const typename V::T* values = static_cast<const typename V::T*>(tile.values) + slot * tile.E;
+  const typename V::T* values = static_cast<const typename V::T*>(tile.values) + (slot - tile.first_slot) * tile.E;
   for (; num > 0; num -= A::QR, weights += A::QR * kChunk, outputs += A::QR * tile.E) {
     switch (least(num, A::QR)) {
 #define SPECDEC_MIX(n) \
@@ -287,6 +282,12 @@ static const Kernels* table(const char* name) {
       {attend<F32, A32>, attend<B16, A32>, attend<F64, A64>},
       {merge<A32>, merge<A32>, merge<A64>},
       {finish<F32, A32>, finish<B16, A32>, finish<F64, A64>},
+      {{nullptr, encode_int8<float>, encode_mxfp8<float>},
+       {nullptr, encode_int8<Bf16>, encode_mxfp8<Bf16>},
+       {nullptr, encode_int8<double>, encode_mxfp8<double>}},
+      {{nullptr, decode_int8<float>, decode_mxfp8<float>},
+       {nullptr, decode_int8<Bf16>, decode_mxfp8<Bf16>},
+       {nullptr, decode_int8<double>, decode_mxfp8<double>}},
   };
   return &kernels;
 }

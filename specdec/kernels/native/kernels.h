@@ -9,6 +9,11 @@ namespace specdec {
 
 enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2, kNumTypes = 3 };
 
+// How a cache stores a row of keys or values: as it is; as int8 codes with one float32 scale; as E4M3 codes with one
+// E8M0 scale per block.
+enum Storage { kPlain = 0, kInt8 = 1, kMxfp8 = 2, kNumStorages = 3 };
+constexpr int64_t kBlock = 32;
+
 // Positions are split into chunks of this many, in prefix order, and chunks are merged in order: part of the result.
 constexpr int64_t kChunk = 256;
 // Queries of one attention tile, unless one row's group alone is larger.
@@ -29,13 +34,19 @@ struct Row {
   int64_t count, lead, first;
 };
 
+// Where a row finds virtual slot j. Grows with j.
+static inline int64_t slot_of(int64_t prefix, const Row& row, int64_t j) {
+  const int64_t late = j - prefix - row.lead;
+  return late < 0 ? j : prefix + row.columns[late];
+}
+
 // Consecutive rows of one sequence and the query heads that share one key/value head. Query q = row * group + head.
 struct Tile {
   const void* queries;  // [Q, D]
-  const void* keys;     // [C, D]
-  const void* values;   // [C, E]
+  const void* keys;     // [C, D], the first that of slot `first_slot`
+  const void* values;   // [C, E], likewise
   const Row* rows;
-  int64_t num_rows, group, D, E, prefix;
+  int64_t num_rows, group, D, E, prefix, first_slot;
   double scale, softcap;
 };
 
@@ -56,6 +67,9 @@ struct Kernels {
   void (*merge[kNumTypes])(const Partial& into, const Partial& part, int64_t num_queries, int64_t E);
   // Writes query q of the partial, divided by its sum, to out + q_offsets[q] (in elements).
   void (*finish[kNumTypes])(const Partial&, int64_t num_queries, int64_t E, void* out, const int64_t* q_offsets);
+  // One row of a cache to codes and scales, and some rows back, rounded once to the type. Null for kPlain.
+  void (*encode[kNumTypes][kNumStorages])(const void* row, int64_t size, void* codes, void* scales);
+  void (*decode[kNumTypes][kNumStorages])(const void* codes, const void* scales, int64_t rows, int64_t size, void* out);
 };
 
 const Kernels* portable_kernels();

@@ -83,7 +83,7 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   TORCH_CHECK(steps->num_rows() == M, "attend: the step describes ", steps->num_rows(), " rows, q has ", M);
   const at::Tensor queries = dense_rows(q), new_keys = dense_rows(k), new_values = dense_rows(v);
   for (const Steps::Segment& segment : steps->segments)
-    segment.slots->write(layer, new_keys, new_values, segment.first_row, segment.rows, segment.start);
+    segment.slots->write(kernels(), type, layer, new_keys, new_values, segment.first_row, segment.rows, segment.start);
   Attention attention{kernels(), type, queries,
                       at::empty({1, M, H, v.size(3)}, q.options()), *steps, layer, H, KV, q.size(3), v.size(3), H / KV,
                       int64_t(q.element_size()), type == kFloat64 ? 8 : 4, scale, softcap, {}};
@@ -110,7 +110,7 @@ std::vector<std::string> isas() {
 
 TORCH_LIBRARY(specdec, m) {
   m.class_<Slots>("Slots")
-      .def(torch::init<int64_t>())
+      .def(torch::init<int64_t, std::string>(), "", {torch::arg("num_layers"), torch::arg("kind") = "plain"})
       .def("reserve", &Slots::reserve)
       .def("capacity", &Slots::capacity)
       .def("num_layers", &Slots::num_layers)
@@ -120,7 +120,9 @@ TORCH_LIBRARY(specdec, m) {
       .def("fork", &Slots::fork)
       .def("num_bytes", &Slots::num_bytes)
       .def("keys", &Slots::keys)
-      .def("values", &Slots::values);
+      .def("values", &Slots::values)
+      .def("key_scales", &Slots::key_scales)
+      .def("value_scales", &Slots::value_scales);
   m.class_<Steps>("Steps")
       .def(torch::init<>())
       .def("clear", &Steps::clear)

@@ -5,6 +5,7 @@
 #include <torch/custom_class.h>
 
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -12,27 +13,48 @@
 
 namespace specdec {
 
+inline Storage storage_of(const std::string& kind) {
+  if (kind == "plain") return kPlain;
+  if (kind == "int8") return kInt8;
+  TORCH_CHECK(kind == "mxfp8", "Slots: kind must be 'plain', 'int8' or 'mxfp8', got '", kind, "'");
+  return kMxfp8;
+}
+
 struct Slots : torch::CustomClassHolder {
+  // Keys, or values, of one layer.
+  struct Rows {
+    at::Tensor codes;   // [KV, C, D]; kPlain: the rows themselves; undefined before the first write
+    at::Tensor scales;  // [KV, C, S]: kInt8 one float32, kMxfp8 one byte per block; undefined for kPlain
+
+    static void* at(const at::Tensor& t, int64_t head, int64_t slot) {
+      return static_cast<char*>(t.data_ptr()) + (head * t.size(1) + slot) * t.size(2) * t.element_size();
+    }
+    void* row(int64_t head, int64_t slot) const { return at(codes, head, slot); }
+    void* scale(int64_t head, int64_t slot) const { return at(scales, head, slot); }
+  };
   struct Layer {
-    at::Tensor keys, values;  // [KV, C, D] and [KV, C, E], undefined before the first write
+    Rows keys, values;
+    template <class F>
+    void each(F use) {
+      for (at::Tensor* t : {&keys.codes, &keys.scales, &values.codes, &values.scales})
+        if (t->defined()) use(*t);
+    }
   };
 
-  explicit Slots(int64_t num_layers) {
+  Slots(int64_t num_layers, Storage storage) : storage_(storage) {
     TORCH_CHECK(num_layers > 0, "Slots: num_layers must be positive, got ", num_layers);
     layers_.resize(num_layers);
   }
+  Slots(int64_t num_layers, const std::string& kind) : Slots(num_layers, storage_of(kind)) {}
 
   int64_t capacity() const { return capacity_; }
   int64_t num_layers() const { return int64_t(layers_.size()); }
+  Storage storage() const { return storage_; }
 
   // Never shrinks.
   void reserve(int64_t capacity) {
     if (capacity <= capacity_) return;
-    for (Layer& layer : layers_)
-      if (layer.keys.defined()) {
-        layer.keys = resized(layer.keys, capacity, capacity_);
-        layer.values = resized(layer.values, capacity, capacity_);
-      }
+    for (Layer& layer : layers_) layer.each([&](at::Tensor& t) { t = resized(t, capacity, capacity_); });
     capacity_ = capacity;
   }
 
@@ -47,27 +69,21 @@ struct Slots : torch::CustomClassHolder {
     TORCH_CHECK(start >= 0 && start + num <= capacity_, "gather: ", num, " slots from ", start,
                 " pass the capacity ", capacity_);
     if (still) return;
-    for (Layer& layer : layers_)
-      if (layer.keys.defined()) {
-        move(layer.keys, slots, start);
-        move(layer.values, slots, start);
-      }
+    for (Layer& layer : layers_) layer.each([&](at::Tensor& t) { move(t, slots, start); });
   }
 
   c10::intrusive_ptr<Slots> fork(int64_t length) const {
     TORCH_CHECK(length >= 0 && length <= capacity_, "fork: length ", length, " passes the capacity ", capacity_);
-    auto twin = c10::make_intrusive<Slots>(num_layers());
+    auto twin = c10::make_intrusive<Slots>(num_layers(), storage_);
     twin->capacity_ = capacity_;
-    for (size_t i = 0; i < layers_.size(); i++)
-      if (layers_[i].keys.defined())
-        twin->layers_[i] = {resized(layers_[i].keys, capacity_, length), resized(layers_[i].values, capacity_, length)};
+    twin->layers_ = layers_;
+    for (Layer& layer : twin->layers_) layer.each([&](at::Tensor& t) { t = resized(t, capacity_, length); });
     return twin;
   }
 
   int64_t num_bytes() const {
     int64_t total = 0;
-    for (const Layer& layer : layers_)
-      if (layer.keys.defined()) total += int64_t(layer.keys.nbytes() + layer.values.nbytes());
+    for (Layer layer : layers_) layer.each([&](const at::Tensor& t) { total += int64_t(t.nbytes()); });
     return total;
   }
 
@@ -80,60 +96,82 @@ struct Slots : torch::CustomClassHolder {
     TORCH_CHECK(buffer.defined(), "layer ", index, " holds nothing yet; its first forward allocates it");
     return buffer;
   }
-  at::Tensor keys(int64_t index) const { return written(layer(index).keys, index); }
-  at::Tensor values(int64_t index) const { return written(layer(index).values, index); }
+  at::Tensor keys(int64_t index) const { return written(layer(index).keys.codes, index); }
+  at::Tensor values(int64_t index) const { return written(layer(index).values.codes, index); }
+  at::Tensor scales(const Rows& rows, int64_t index) const {
+    TORCH_CHECK(storage_ != kPlain, "keys and values are stored as they are: there are no scales");
+    return written(rows.scales, index);
+  }
+  at::Tensor key_scales(int64_t index) const { return scales(layer(index).keys, index); }
+  at::Tensor value_scales(int64_t index) const { return scales(layer(index).values, index); }
 
-  // Copies rows [row, row + rows) of k [1, KV, M, D] and v [1, KV, M, E] to the slots from `start`.
-  void write(int64_t index, const at::Tensor& k, const at::Tensor& v, int64_t row, int64_t rows, int64_t start) {
+  // Stores rows [row, row + rows) of k [1, KV, M, D] and v [1, KV, M, E] in the slots from `start`.
+  void write(const Kernels& table, Type type, int64_t index, const at::Tensor& k, const at::Tensor& v, int64_t row,
+             int64_t rows, int64_t start) {
     TORCH_CHECK(index >= 0 && index < num_layers(), "layer ", index, " of ", num_layers());
     TORCH_CHECK(start + rows <= capacity_, "slots ", start, " .. ", start + rows - 1, " pass the capacity ", capacity_,
                 "; reserve() more first");
     Layer& layer = layers_[index];
-    if (!layer.keys.defined()) {
-      layer.keys = at::empty({k.size(1), capacity_, k.size(3)}, k.options());
-      layer.values = at::empty({v.size(1), capacity_, v.size(3)}, v.options());
-    }
-    write_one(layer.keys, k, row, rows, start, index);
-    write_one(layer.values, v, row, rows, start, index);
+    if (!layer.keys.codes.defined()) layer = {allocated(k, index), allocated(v, index)};
+    const auto encode = table.encode[type][storage_];
+    write_one(encode, layer.keys, k, row, rows, start, index);
+    write_one(encode, layer.values, v, row, rows, start, index);
   }
 
  private:
+  Rows allocated(const at::Tensor& rows, int64_t index) const {
+    const int64_t size = rows.size(3);
+    const auto empty = [&](int64_t width, at::ScalarType type) {
+      return at::empty({rows.size(1), capacity_, width}, rows.options().dtype(type));
+    };
+    if (storage_ == kPlain) return {empty(size, rows.scalar_type()), at::Tensor()};
+    if (storage_ == kInt8) return {empty(size, at::kChar), empty(1, at::kFloat)};
+    TORCH_CHECK(size % kBlock == 0, "layer ", index, " has heads of size ", size, ", and mxfp8 keys and values are ",
+                "stored in blocks of ", kBlock, "; use int8 for this model");
+    return {empty(size, at::kByte), empty(size / kBlock, at::kByte)};
+  }
+
   static at::Tensor resized(const at::Tensor& old, int64_t capacity, int64_t length) {
     at::Tensor out = at::empty({old.size(0), capacity, old.size(2)}, old.options());
     const int64_t bytes = old.size(2) * old.element_size();
-    for (int64_t h = 0; h < old.size(0); h++)
-      std::memcpy(bytes_of(out) + h * capacity * bytes, bytes_of(old) + h * old.size(1) * bytes, length * bytes);
+    for (int64_t h = 0; h < old.size(0); h++) std::memcpy(Rows::at(out, h, 0), Rows::at(old, h, 0), length * bytes);
     return out;
   }
-
-  static char* bytes_of(const at::Tensor& t) { return static_cast<char*>(t.data_ptr()); }
 
   static void move(const at::Tensor& buffer, const std::vector<int64_t>& slots, int64_t start) {
     const int64_t bytes = buffer.size(2) * buffer.element_size(), num = int64_t(slots.size());
     std::vector<char> held(num * bytes);  // every source is read before any is overwritten
     for (int64_t h = 0; h < buffer.size(0); h++) {
-      char* base = bytes_of(buffer) + h * buffer.size(1) * bytes;
-      for (int64_t i = 0; i < num; i++) std::memcpy(held.data() + i * bytes, base + slots[i] * bytes, bytes);
-      std::memcpy(base + start * bytes, held.data(), num * bytes);
+      for (int64_t i = 0; i < num; i++) std::memcpy(held.data() + i * bytes, Rows::at(buffer, h, slots[i]), bytes);
+      std::memcpy(Rows::at(buffer, h, start), held.data(), num * bytes);
     }
   }
 
-  static void write_one(const at::Tensor& buffer, const at::Tensor& rows_of, int64_t row, int64_t rows, int64_t start,
-                        int64_t index) {
-    TORCH_CHECK(buffer.size(0) == rows_of.size(1) && buffer.size(2) == rows_of.size(3) &&
-                    buffer.scalar_type() == rows_of.scalar_type(),
-                "layer ", index, " holds ", buffer.size(0), " heads of size ", buffer.size(2), " in ",
-                buffer.scalar_type(), "; the new rows have ", rows_of.size(1), " of size ", rows_of.size(3), " in ",
+  // `encode` is null where rows are stored as they are.
+  void write_one(void (*encode)(const void*, int64_t, void*, void*), const Rows& to, const at::Tensor& rows_of,
+                 int64_t row, int64_t rows, int64_t start, int64_t index) const {
+    TORCH_CHECK(to.codes.size(0) == rows_of.size(1) && to.codes.size(2) == rows_of.size(3) &&
+                    (encode || to.codes.scalar_type() == rows_of.scalar_type()),
+                "layer ", index, " holds ", to.codes.size(0), " heads of size ", to.codes.size(2), " in ",
+                to.codes.scalar_type(), "; the new rows have ", rows_of.size(1), " of size ", rows_of.size(3), " in ",
                 rows_of.scalar_type());
-    const int64_t item = buffer.element_size(), bytes = buffer.size(2) * item;
+    const int64_t item = rows_of.element_size(), size = rows_of.size(3);
     const int64_t head_step = rows_of.stride(1) * item, row_step = rows_of.stride(2) * item;
-    for (int64_t h = 0; h < buffer.size(0); h++) {
-      const char* from = bytes_of(rows_of) + h * head_step + row * row_step;
-      char* to = bytes_of(buffer) + (h * buffer.size(1) + start) * bytes;
-      for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * bytes, from + r * row_step, bytes);
+    const int64_t width = size * to.codes.element_size();
+    const int64_t scale_width = encode ? to.scales.size(2) * to.scales.element_size() : 0;
+    for (int64_t h = 0; h < rows_of.size(1); h++) {
+      const char* from = static_cast<const char*>(rows_of.const_data_ptr()) + h * head_step + row * row_step;
+      char* codes = static_cast<char*>(to.row(h, start));
+      char* scales = encode ? static_cast<char*>(to.scale(h, start)) : nullptr;
+      for (int64_t r = 0; r < rows; r++)
+        if (encode)
+          encode(from + r * row_step, size, codes + r * width, scales + r * scale_width);
+        else
+          std::memcpy(codes + r * width, from + r * row_step, width);
     }
   }
 
+  const Storage storage_;
   std::vector<Layer> layers_;
   int64_t capacity_ = 0;
 };
