@@ -1,0 +1,69 @@
+"""SmoothQuant: outliers of activations are moved into the weights (Xiao et al., arXiv 2211.10438).
+
+Shape suffixes: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from specdec.errors import InputError
+from specdec.quant.format import Format
+from specdec.quant.methods.method import Linear, Method, Stats, have, number, register_method
+
+# Scales stay within this factor of one, so that what they are folded into stays a normal number.
+_WIDEST = 1e4
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Method):
+    """s = max|X|^alpha / max|W|^(1 - alpha) for each channel, folded into the norm before; then round to nearest.
+
+    For formats that round activations too (int8); inputs of layers in other formats stay as they are.
+    alpha: how much of the difficulty moves, 0 to 1. Lossless: no.
+    """
+
+    alpha: float = 0.5
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"amax_K"})
+
+    def __post_init__(self) -> None:
+        number("smoothquant's alpha", self.alpha, 0.0, 1.0)
+
+    def check(self, name: str, format: Format) -> None:
+        if not rounds_activations(format):
+            raise InputError(
+                f"smoothquant makes activations easier to round, and {format.name} rounds weights alone ({name}); use "
+                "int8, or the method awq or gptq"
+            )
+
+    def scales(
+        self, layers: list[Linear], stats: Stats, into: str, shared: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        if into != "norm":
+            return None
+        return shared(migration(have(stats.amax_K, "amax_K"), [layer.weight_NK for layer in layers], self.alpha))
+
+    def round(self, weight_NK: Tensor, format: Format, stats: Stats) -> dict[str, Tensor]:
+        return format.pack(weight_NK)
+
+
+def migration(amax_K: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
+    """The scales `[K]` of an input with these largest magnitudes that these weights `[N, K]` read. Unused channels: 1."""
+    weight_K = reduce(torch.maximum, (weight.abs().amax(0) for weight in weights)).to(amax_K)
+    s_K = amax_K**alpha / weight_K ** (1 - alpha)
+    return torch.where((amax_K > 0) & (weight_K > 0), s_K, 1.0).clamp(1 / _WIDEST, _WIDEST)
+
+
+def rounds_activations(format: Format) -> bool:
+    return format.name == "int8"
+
+
+register_method("smoothquant", SmoothQuant)
