@@ -173,9 +173,7 @@ class Objective(ABC):
         for temperature in (1, 0):
             positions = "  ".join(f"{value:.3f}" for value in best[f"alpha_t{temperature}"])
             length = best[f"expected_length_t{temperature}"]
-            lines.append(
-                f"held-out, temperature {temperature}: {length:.3f} tokens a round; by position {positions}"
-            )
+            lines.append(f"held-out, temperature {temperature}: {length:.3f} tokens a round; by position {positions}")
         return lines
 
     @abstractmethod

@@ -32,9 +32,13 @@ class Pruning:
         self.layers = {name: layer for name, layer in layers.items() if layer.mask is not None}
         pairs = next((n for n, layer in self.layers.items() if _percent(layer) is None), None)
         if steps > 1 and pairs is not None:
-            raise InputError(f"{pairs} keeps two of each four weights, which cannot be pruned in steps: --prune-steps 1")
+            raise InputError(
+                f"{pairs} keeps two of each four weights, which cannot be pruned in steps: --prune-steps 1"
+            )
         if not self.layers and (steps > 1 or score != "magnitude"):
-            raise InputError("this recipe has no sparse format, so there is nothing to prune; leave out --prune options")
+            raise InputError(
+                "this recipe has no sparse format, so there is nothing to prune; leave out --prune options"
+            )
         self.score, self.steps, self.share = score, steps, share
         self.settled = not self.layers or steps == 1
         self.norms: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class RecoverObjective(Objective):
     """
 
     kind = "recover"
-    recommended = {"lr": 2e-4, "weight_decay": 0.0}
+    recommended: ClassVar[Mapping[str, Any]] = {"lr": 2e-4, "weight_decay": 0.0}
     measures = ("loss", "target_loss", "kl")
     usage = "compare --target {out}"
 
@@ -93,13 +93,25 @@ class RecoverObjective(Objective):
             "--prune", choices=PRUNERS, default="magnitude", help="which weights are dropped (default: magnitude)"
         )
         sparse.add_argument(
-            "--prune-steps", type=int, default=1, metavar="N", help="drop them in N steps with training between (default: 1)"
+            "--prune-steps",
+            type=int,
+            default=1,
+            metavar="N",
+            help="drop them in N steps with training between (default: 1)",
         )
         sparse.add_argument(
-            "--prune-share", type=float, default=0.5, metavar="SHARE", help="of the run in which the steps lie (default: 0.5)"
+            "--prune-share",
+            type=float,
+            default=0.5,
+            metavar="SHARE",
+            help="of the run in which the steps lie (default: 0.5)",
         )
         sparse.add_argument(
-            "--calibration-rows", type=int, default=64, metavar="N", help="training rows that wanda looks at (default: 64)"
+            "--calibration-rows",
+            type=int,
+            default=64,
+            metavar="N",
+            help="training rows that wanda looks at (default: 64)",
         )
 
     @classmethod
