@@ -1,4 +1,4 @@
-"""The command line: `specdec compare | bench | generate | train | tree | vocab | certify | info`.
+"""The command line: `specdec compare | bench | generate | train | quantize | tree | vocab | certify | info`.
 
 Nothing heavy is imported before the arguments are parsed, so that `--help` is quick.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": "our loop, transformers and other engines, timed in turns",
     "generate": "continue a prompt",
     "train": "train a drafter for a target",
+    "quantize": "store a model's weights in fewer bits",
     "tree": "fit a draft tree to a pair and this machine",
     "vocab": "choose the tokens that a draft predicts",
     "certify": "prove by enumeration that verifiers are exact",

@@ -29,7 +29,7 @@ class Plan:
     """`name`: the source's. `keys`: the checkpoint's key of each quantised layer's weight. `names`: the model's names
     of the checkpoint's keys. `kept`: the key that each tensor which is not quantised is copied from.
 
-    `obstacle`: why the whole model has to be loaded; None when its files can be read tensor by tensor.
+    `obstacle`: why the files cannot be read tensor by tensor; None when they can.
     """
 
     name: str
@@ -46,6 +46,11 @@ class Plan:
     max_shard: int
     obstacle: str | None
     trust_remote_code: bool
+
+    @property
+    def calibrates(self) -> bool:
+        """The method looks at activations, for which the whole model is loaded."""
+        return self.recipe.method != "rtn"
 
     @property
     def unties(self) -> bool:
@@ -90,13 +95,10 @@ def prepare(
     if unties is not None and table not in by_name and unties in keys:
         kept[table] = keys[unties]  # the files name the shared tensor after the head
     lacking = [name for name in formats if name not in keys]
-    obstacle = None
-    if lacking:
-        obstacle = f"the files have no tensor for {lacking[0]}.weight alone"
-    elif recipe.method != "rtn":
-        obstacle = f"{recipe.method} looks at the model's activations"
+    obstacle = f"the files have no tensor for {lacking[0]}.weight alone" if lacking else None
     report = _report(checkpoint, recipe, layers, formats, kept, names, modules, table)
-    estimate = memory.of_loaded(report) if obstacle else memory.of_stream(report, max_shard)
+    loads = obstacle is not None or recipe.method != "rtn"
+    estimate = memory.of_loaded(report) if loads else memory.of_stream(report, max_shard)
     return Plan(
         Path(source).resolve().name if Path(source).is_dir() else str(source),
         checkpoint, recipe, layers, formats, keys, names, kept, transposed, report, estimate, max_shard, obstacle,

@@ -12,7 +12,7 @@ from torch import nn
 from specdec.quant.linear import PackedLinear
 
 #: Why a tensor is left as it is.
-EMBEDDING = "embeddings: rows are looked up, not multiplied with"
+EMBEDDING = "embeddings"
 VECTOR = "norms and biases"
 BY_RECIPE = "kept by the recipe"
 BY_SHAPE = "its shape does not fit the format"

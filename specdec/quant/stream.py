@@ -52,16 +52,14 @@ def quantize(
     source = plan.checkpoint.folder
     check_output(out, source, overwrite)
     plan.estimate.check(out.resolve().parent, memory_budget)
-    if prepared is None and plan.obstacle is not None:
-        raise InputError(f"{plan.obstacle}: load the model, and give what specdec.quant.methods made of it")
+    if plan.calibrates and prepared is None:
+        raise InputError(f"{plan.recipe.method} needs what specdec.quant.methods made of the model: give prepared=")
     with whole_folder(out) as folder:
-        writer = ShardWriter(folder, plan.max_shard)
-        for name, tensor in _tensors(plan, prepared, told, writer.make_room):
-            writer.add(name, tensor)
-        writer.close()
-        plan.checkpoint.close()
+        if plan.obstacle is None:
+            _write(plan, prepared, folder, told)
+        else:
+            _through_model(plan, prepared, folder)
         copy_companions(source, folder)
-        write_config(source, folder, plan.recipe.to_dict(), plan.unties)
         provenance.write(
             folder,
             {
@@ -74,6 +72,34 @@ def quantize(
             },
         )
     return plan.report
+
+
+def _write(plan: Plan, prepared: Any, folder: Path, told: Told) -> None:
+    writer = ShardWriter(folder, plan.max_shard)
+    for name, tensor in _tensors(plan, prepared, told, writer.make_room):
+        writer.add(name, tensor)
+    writer.close()
+    plan.checkpoint.close()
+    write_config(plan.checkpoint.folder, folder, plan.recipe.to_dict(), plan.unties)
+
+
+def _through_model(plan: Plan, prepared: Any, folder: Path) -> None:
+    """Where the files' tensors are not the model's own, transformers makes those while it loads the model."""
+    from specdec.loading import load_model
+    from specdec.quant.hf import QuantConfig
+
+    rounding = replace(plan.recipe, method="rtn", options={})
+    source, remote = plan.checkpoint.folder, plan.trust_remote_code
+    model = load_model(source, device="cpu", dtype="auto", quantize=rounding, trust_remote_code=remote)
+    if prepared is not None:
+        state = model.state_dict()
+        for module, parts in prepared.parts.items():
+            for part, tensor in parts.items():
+                state[f"{module}.{PREFIX}{part}"].copy_(tensor)
+        for name, tensor in prepared.changed.items():
+            state[name].copy_(tensor)
+    model.config.quantization_config = QuantConfig(plan.recipe)
+    model.save_pretrained(folder, max_shard_size=plan.max_shard)
 
 
 def _tensors(plan: Plan, prepared: Any, told: Told, room: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,175 @@
+"""`specdec quantize`: write a model again with its weights in fewer bits."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specdec.cli import options, screen
+from specdec.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from specdec.quant.plan import Plan
+    from specdec.quant.stream import Told
+
+_EXAMPLES = """\
+examples:
+  specdec quantize --recipe w4a16 --out target-w4                the embedded target, in 4 and 8 bits
+  specdec quantize org/model --recipe mxfp6_e2m3 --dry-run       how large it would be, and what that takes
+  specdec quantize org/model --recipe recipe.json --out DIR --max-shard-size 4GB
+  specdec quantize org/model --recipe int4-g64 --method gptq --calibration texts.jsonl --out DIR
+  specdec compare --target DIR                                   a folder that it wrote is a model like any other
+
+A recipe of one's own is JSON: {"default": "int4", "head": "mxint8", "rules": [["down_proj$", "mxint8"], ["gate", null]]}
+Rules are regular expressions over module names, the first that is found counts, and null leaves a layer as it is.
+"""
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_FORMATS = "mxfp8_e4m3, mxfp6_e2m3, mxfp4, mxint8, int8, int4, int4-g64-asym, sparse-60, …"
+
+
+def num_bytes(text: str) -> int:
+    """2GB, 500 MiB, or a plain number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    if found is None or (found[2] or "") not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size like 2GB or 500MiB")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="store a model's weights in fewer bits",
+        description="Write a model again with the weights of its linear layers in fewer bits. Tensors go from file to "
+        "file, so that one layer and one shard are in memory. Embeddings and norms stay as they are.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded target)")
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        metavar="R",
+        help=f"a format ({_FORMATS}), a named recipe (w4a16, w8a16, w8a8, mx6, mx4, …), or a JSON file",
+    )
+    parser.add_argument("--out", metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model that DIR holds")
+    parser.add_argument("--dry-run", action="store_true", help="show sizes and what it takes; write nothing")
+    _add_method_options(parser)
+    group = parser.add_argument_group("files and memory")
+    group.add_argument("--max-shard-size", type=num_bytes, default=1 << 30, metavar="SIZE", help="(default: 1GiB)")
+    group.add_argument("--memory-budget", type=num_bytes, metavar="SIZE", help="refuse work that takes more")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    group = parser.add_argument_group("report")
+    group.add_argument("--every-layer", action="store_true", help="a line for each, not for each kind")
+    group.add_argument("--json", metavar="FILE", help="write the report: bits and bytes of every layer")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--method", metavar="NAME", help="rtn: round to nearest; awq, gptq, smoothquant (default: the recipe's own)"
+    )
+    group.add_argument(
+        "--method-option",
+        metavar="KEY=VALUE",
+        type=options.key_value,
+        action="append",
+        default=[],
+        help="an option of the method; repeatable",
+    )
+
+
+def _recipe(arguments: argparse.Namespace) -> Any:
+    from specdec.quant.recipe import Recipe
+
+    recipe = Recipe.of(arguments.recipe)
+    if arguments.method is not None and arguments.method != recipe.method:
+        recipe = replace(recipe, method=arguments.method, options={})
+    if arguments.method_option:
+        recipe = replace(recipe, options={**recipe.options, **dict(arguments.method_option)})
+    return recipe
+
+
+def _say_plan(plan: Plan, console: Console) -> None:
+    estimate = plan.estimate
+    console.print(
+        f"{plan.name}: {screen.size(estimate.source)} will be {screen.size(estimate.result)}, on the disk and when "
+        f"loaded; making it takes up to {screen.size(estimate.peak)} of memory",
+        markup=False,
+    )
+    if plan.obstacle is not None:
+        console.print(f"the model is loaded whole: {plan.obstacle}", markup=False)
+
+
+@contextmanager
+def _bar(console: Console, quiet: bool) -> Iterator[Told]:
+    """Bytes of the source that are done, and the tensor at hand; nothing where no one looks."""
+    if quiet or not console.is_terminal:
+        yield lambda name, done, of: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(24), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda name, done, of: progress.update(task, completed=done, total=of, description=name)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    screen.check_writable(arguments.json)
+    if arguments.out is None and not arguments.dry_run:
+        raise InputError("say where to: --out DIR, or --dry-run to see sizes alone")
+    screen.quiet(arguments)
+    import torch
+
+    from specdec.cli.quant_report import table
+    from specdec.loading import EMBEDDED
+    from specdec.quant.plan import prepare
+    from specdec.quant.source import check_output
+    from specdec.quant.stream import quantize
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise InputError(f"--threads is a whole number >= 1, not {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    out, err = screen.consoles()
+    source = arguments.model or str(EMBEDDED / "target")
+    recipe = _recipe(arguments)
+    plan = prepare(source, recipe, max_shard=arguments.max_shard_size, trust_remote_code=arguments.trust_remote_code)
+    if arguments.out is not None:
+        check_output(Path(arguments.out), plan.checkpoint.folder, arguments.overwrite)
+    if not arguments.quiet:
+        _say_plan(plan, err)
+    if not arguments.dry_run:
+        with _bar(err, arguments.quiet) as told:
+            quantize(
+                plan,
+                arguments.out,
+                overwrite=arguments.overwrite,
+                memory_budget=arguments.memory_budget,
+                told=told,
+            )
+    out.print(table(plan.report, arguments.every_layer))
+    if not arguments.dry_run:
+        out.print(f"specdec compare --target {arguments.out}", markup=False, soft_wrap=True)
+    content = {
+        "model": plan.name,
+        "recipe": plan.recipe.to_dict(),
+        "estimate": plan.estimate.to_dict(),
+        **plan.report.to_dict(),
+        "versions": screen.versions(),
+    }
+    screen.write_json(arguments.json, content)
+    return 0
