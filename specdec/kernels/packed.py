@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Smaller rows are divided by this, so that nothing overflows: such a row is zero for every purpose.
 SMALLEST = 1e-30
+# Up to so many rows, torch's products of one row each are faster than its one product, which packs the weight anew.
+_ROWS_ALONE = 4
 
 
 def linear(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = None) -> Tensor:
@@ -33,6 +35,11 @@ def reference(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = Non
     return F.linear(x, format.unpack(parts, x.dtype), bias)
 
 
+def invariant(device: torch.device, format: Format) -> bool:
+    """Whether a row's bits do not depend on the rows beside it here: by exact sums, or by our kernels' fixed order."""
+    return format.name == "int8"
+
+
 def rounded_rows(rows_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as int8 `[M, K]` and one float32 scale each `[M, 1]`: the largest magnitude becomes 127."""
     rows = rows_MK.float()
@@ -41,10 +48,18 @@ def rounded_rows(rows_MK: Tensor) -> tuple[Tensor, Tensor]:
     return (rows * factor_M1).round().to(torch.int8), largest_M1 / 127
 
 
+def int8_product(rows_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """Rows times the transpose of the weight, both int8: int32 `[M, N]`, exact."""
+    weight_KN = weight_NK.t()
+    if torch.compiler.is_compiling() or not 1 < len(rows_MK) <= _ROWS_ALONE:
+        return torch._int_mm(rows_MK, weight_KN)
+    return torch.cat([torch._int_mm(row[None], weight_KN) for row in rows_MK])
+
+
 def int8_reference(x: Tensor, codes_NK: Tensor, scales_N: Tensor, bias: Tensor | None = None) -> Tensor:
     """Activations rounded to int8 row by row, products summed exactly in int32, then scaled in float32."""
     codes_MK, scales_M1 = rounded_rows(x.reshape(-1, x.shape[-1]))
-    out = torch._int_mm(codes_MK, codes_NK.t()).float() * scales_M1 * scales_N
+    out = int8_product(codes_MK, codes_NK).float() * scales_M1 * scales_N
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], -1)

@@ -145,17 +145,19 @@ class SpecdecQuantizer(HfQuantizer):
         return _Round(self)
 
     def rounded(self, model: Any, name: str, value: Tensor, missing: set[str]) -> dict[str, Tensor]:
-        """Tensors by name that the model holds in place of `value`; none any more once something went wrong.
+        """Tensors by name that the model holds in place of `value`; blank ones once something went wrong.
 
         What goes wrong is raised when all is read, since `transformers` turns errors in between into a report.
         """
         assert self._swapped is not None
-        made: dict[str, Tensor] = {}
+        made: dict[str, Tensor] | None = None
         if self._failure is None:
             try:
                 made = self._swapped.made_of(model, name, value)
             except InputError as error:
                 self._failure = error
+        if made is None:
+            made = self._swapped.blank(model, name, value)
         missing -= {name, self._swapped.tied.get(name, name)}
         return made
 

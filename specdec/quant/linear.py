@@ -5,6 +5,8 @@ Shape suffixes: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +67,16 @@ class PackedLinear(nn.Module):
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weights `[N, K]` that this layer multiplies with."""
         return self.format.unpack(self.parts, dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """What `to` and its kind do: stored tensors move along, and keep the dtype that their format gives them."""
+        before = self.parts
+        super()._apply(fn, recurse)
+        for name, stored in before.items():
+            moved = getattr(self, PREFIX + name)
+            if moved.dtype != stored.dtype:
+                setattr(self, PREFIX + name, stored.to(moved.device))
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return packed.linear(x, self.format, self.parts, self.bias)

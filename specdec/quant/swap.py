@@ -52,12 +52,23 @@ class Swapped:
 
         Of a tied pair the files may hold one or both: a first one stands for both, and a second one for itself.
         """
-        made = self._one(model, name, name, value)
-        partner = self.tied.get(name)
-        if partner is not None and partner not in self.seen:
-            made.update(self._one(model, partner, name, value))
+        names = [name] if self.tied.get(name, name) in {name, *self.seen} else [name, self.tied[name]]
         self.seen.add(name)
+        made: dict[str, Tensor] = {}
+        for each in names:
+            made.update(self._one(model, each, name, value))
         return made
+
+    def blank(self, model: Any, name: str, value: Tensor) -> dict[str, Tensor]:
+        """The same names with nothing in them: for a model that will not be used."""
+        if name not in self.weights:
+            return {name: value}
+        layer = model.get_submodule(self.weights[name])
+        _put_aside(layer)
+        return {
+            f"{self.weights[name]}.{PREFIX}{part}": torch.empty_like(t, device=value.device)
+            for part, t in layer.parts.items()
+        }
 
     def _one(self, model: Any, name: str, source: str, value: Tensor) -> dict[str, Tensor]:
         if name not in self.weights:  # the embedding, as it is
@@ -71,8 +82,7 @@ class Swapped:
             parts = layer.format.pack(weight)
         except InputError as error:
             raise InputError(f"{source} cannot be stored as {layer.format.name}: {error}") from error
-        if "weight" in layer._parameters:
-            _put_aside(layer)
+        _put_aside(layer)
         return {f"{self.weights[name]}.{PREFIX}{part}": tensor for part, tensor in parts.items()}
 
 
@@ -84,9 +94,10 @@ def _check_shape(name: str, value: Tensor, wanted: Iterable[int]) -> None:
 def _put_aside(layer: PackedLinear) -> None:
     """The weight is no parameter any more. Until loading ends a mark stays, for `transformers` may set initial values
     by looking at `weight`, and passes over what is marked."""
-    mark = layer._parameters.pop("weight")
-    assert mark is not None
-    mark = mark.detach()
+    weight = layer._parameters.pop("weight", None)
+    if weight is None:
+        return
+    mark = weight.detach()
     mark._is_hf_initialized = True  # type: ignore[attr-defined]
     layer.__dict__["weight"] = mark
 
