@@ -163,7 +163,7 @@ def _float_codes(scaled: Tensor, element: Element) -> Tensor:
 def block_values(codes_K: Tensor, scales_G: Tensor, element: Element) -> Tensor:
     """The float32 numbers `[..., K]` of element codes: exact, subnormals included; NaN where code or scale is NaN.
 
-    The largest scales carry the largest codes beyond float32, to infinity; what was made of float32 values does not.
+    What is 2^128 and more becomes infinite. The rules but floor make that of magnitudes that lie just below.
     """
     elements = _table(element, codes_K.device).index_select(0, codes_K.flatten().int()).view(*scales_G.shape, BLOCK)
     scales = _powers(scales_G.int() - _BIAS).masked_fill_(scales_G == NAN_SCALE, torch.nan)

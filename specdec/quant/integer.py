@@ -14,7 +14,8 @@ from specdec.quant.bits import pack_bits, row_chunks, unpack_bits
 from specdec.quant.format import GridFormat, Part, Parts, finite, register_format
 
 GROUPS = (32, 64, 128)
-# Scales of more than these would make the far end of the grid infinite in float32; both are bfloat16 numbers.
+# More than these would make the far end of the grid infinite, in bfloat16 too. Weights beyond saturate.
+_MOST_INT8 = torch.finfo(torch.bfloat16).max
 _MOST, _MOST_ASYMMETRIC = 2.0**125 - 2.0**117, 2.0**124 + 2.0**120
 
 
@@ -36,15 +37,14 @@ class Int8(GridFormat):
     def fit(self, weight_NK: Tensor) -> dict[str, Tensor]:
         scales = torch.empty(weight_NK.shape[0], dtype=torch.float32, device=weight_NK.device)
         for rows in row_chunks(weight_NK):
-            scales[rows] = weight_NK[rows].abs().amax(1).float().clamp_min(SMALLEST) / 127
+            scales[rows] = weight_NK[rows].abs().amax(1).float().clamp_(SMALLEST, _MOST_INT8) / 127
         return {"scales": scales}
 
     def encode(self, weight_NK: Tensor, fitted: Parts) -> Tensor:
         codes = torch.empty(weight_NK.shape, dtype=torch.int8, device=weight_NK.device)
         for rows in row_chunks(weight_NK):
-            codes[rows] = (
-                (weight_NK[rows].float() / fitted["scales"][rows, None]).round_().clamp_(-127, 127).to(torch.int8)
-            )
+            points = (finite(weight_NK[rows]).float() / fitted["scales"][rows, None]).round_()
+            codes[rows] = points.clamp_(-127, 127).to(torch.int8)
         return codes
 
     def unpack(self, parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
