@@ -90,11 +90,16 @@ class StepResult:
     hidden_MW: Tensor | None = None  # of all rows, the states asked for side by side
 
 
+def stored_as(kv_cache: str | None) -> str:
+    """What a description ends with."""
+    return f", keys and values in {kv_cache}" if kv_cache is not None else ""
+
+
 class Backend(ABC):
     """Runs steps of one model for one sequence."""
 
     _family: object | None = None
-    _slot_bytes: float | None = None
+    _slot_bytes: int | None = None
 
     @classmethod
     @abstractmethod
@@ -124,6 +129,11 @@ class Backend(ABC):
         """For `fork`: the twin belongs to the family of the backend that it was forked from."""
         self._family = relative.family
         return self
+
+    @property
+    def kv_cache(self) -> str | None:
+        """How keys and values are stored, a name of `specdec.quant.kv`; None: as they are computed."""
+        return None
 
     @property
     def numerics(self) -> str:
@@ -174,16 +184,23 @@ class Backend(ABC):
             "needs; use backend='eager', or another drafter"
         )
 
-    def bytes_for(self, length: int) -> int:
-        """Bytes of keys and values that `length` tokens will take, in the cache's buckets; measured on one, once."""
-        context = self.capabilities.context
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes in all layers, with what stands beside them, such as scales.
+
+        Measured on one token, once.
+        """
         if self._slot_bytes is None:
             twin = self.fork(0)
             row, width = torch.zeros(1, dtype=torch.int64), self.capabilities.input_width
             inputs = torch.zeros(1, width, dtype=self.capabilities.dtype) if width else None
             twin.forward(Step(row, 0, torch.ones(1, 1, dtype=torch.bool), row, 0, 1, inputs_MW=inputs))
-            self._slot_bytes = twin.num_bytes / bucket(1, context)
-        return round(self._slot_bytes * bucket(length, context))
+            self._slot_bytes = -(-twin.num_bytes // bucket(1, self.capabilities.context))
+        return self._slot_bytes
+
+    def bytes_for(self, length: int) -> int:
+        """Bytes of keys and values that `length` tokens will take, in the cache's buckets."""
+        return self.bytes_per_token * bucket(length, self.capabilities.context)
 
     @property
     @abstractmethod

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdec.errors import UnsupportedModelError
+from specdec.quant.kv import KVFormat
 
 # Lengths grow through these; beyond the last, by multiples of it.
 BUCKETS = (128, 256, 512, 1024, 2048, 4096)
@@ -76,45 +77,79 @@ class Cursor:
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer: keys and values `[B, heads, S, head_dim]`. Sliding layers keep every slot; the mask hides old ones."""
+    """One layer: keys and values `[B, heads, S, head_dim]`. Sliding layers keep every slot; the mask hides old ones.
+
+    With a `format`, `keys` and `values` are its codes, and their scales stand beside them, `[B, heads, S, ...]`. What
+    attention reads is unpacked from them, rows of the same step included.
+    """
 
     is_sliding = False
 
-    def __init__(self, cursor: Cursor):
+    def __init__(self, cursor: Cursor, index: int = 0, format: KVFormat | None = None):
         super().__init__()
-        self.cursor = cursor
+        self.cursor, self.index, self.format = cursor, index, format
+        self.key_scales: Tensor | None = None
+        self.value_scales: Tensor | None = None
+
+    def _stored(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (rows, None) if self.format is None else self.format.pack(rows)
+
+    def _room(self, like: Tensor | None) -> Tensor | None:
+        """As `like`, with as many slots as there are."""
+        return None if like is None else like.new_zeros(*like.shape[:2], self.cursor.capacity, like.shape[3])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            torch.zeros(*s.shape[:2], self.cursor.capacity, s.shape[3], dtype=s.dtype, device=s.device)
-            for s in (key_states, value_states)
-        )
+        if self.format is not None:
+            for rows in (key_states, value_states):
+                self.format.check(rows.shape[3], f"layer {self.index}")
+        self.keys, self.key_scales = map(self._room, self._stored(key_states[:, :, :1]))
+        self.values, self.value_scales = map(self._room, self._stored(value_states[:, :, :1]))
         self.is_initialized = True
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """All that is stored, of all slots; nothing before the first write."""
+        held = (self.keys, self.values, self.key_scales, self.value_scales)
+        return tuple(buffer for buffer in held if buffer is not None) if self.is_initialized else ()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        return (
+            self._put(self.keys, self.key_scales, key_states),
+            self._put(self.values, self.value_scales, value_states),
+        )
+
+    def _put(self, codes: Tensor, scales: Tensor | None, rows: Tensor) -> Tensor:
+        """Write the step's rows, and read all up to them."""
         start, end = self.cursor.start, self.cursor.end
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        codes[:, :, start:end], new_scales = self._stored(rows)
+        if self.format is None or scales is None or new_scales is None:
+            return codes[:, :, :end]
+        scales[:, :, start:end] = new_scales
+        return self.format.unpack(codes[:, :, :end], scales[:, :, :end], rows.dtype)
 
     def grow(self) -> None:
-        if not self.is_initialized:
+        self.copy(self, None)
+
+    def copy(self, other: SlotLayer, length: int | None) -> None:
+        """Take what the other layer holds in its first `length` slots (None: in all), into room of this cursor's."""
+        if not other.is_initialized:  # a part of the model that has not run yet
             return
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = torch.zeros(*old.shape[:2], self.cursor.capacity, old.shape[3], dtype=old.dtype, device=old.device)
-            new[:, :, : old.shape[2]] = old
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            old = getattr(other, name)
+            new = self._room(old)
+            if new is not None:
+                size = old.shape[2] if length is None else length
+                new[:, :, :size] = old[:, :, :size]
             setattr(self, name, new)
+        self.is_initialized = True
 
     def gather(self, slots: Tensor, start: int) -> None:
-        """Move the given slots so that they lie one after another from `start`."""
-        if not self.is_initialized:  # a part of the model that has not run yet
-            return
-        for buffer in (self.keys, self.values):
+        """Move the given slots so that they lie one after another from `start`: codes and scales, as they are."""
+        for buffer in self.buffers:
             buffer[:, :, start : start + len(slots)] = buffer[:, :, slots.to(buffer.device)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -128,12 +163,15 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A `transformers` cache over slots. `transformers` writes through `update`; the session moves the cursor."""
+    """A `transformers` cache over slots. `transformers` writes through `update`; the session moves the cursor.
 
-    def __init__(self, num_layers: int, limit: int):
+    `format`: how keys and values are stored; None as they are computed.
+    """
+
+    def __init__(self, num_layers: int, limit: int, format: KVFormat | None = None):
         self.cursor = Cursor()
-        self.limit = limit
-        super().__init__(layers=[SlotLayer(self.cursor) for _ in range(num_layers)])
+        self.limit, self.format = limit, format
+        super().__init__(layers=[SlotLayer(self.cursor, index, format) for index in range(num_layers)])
 
     def place(self, start: int, count: int) -> None:
         """The next step writes `count` rows from slot `start`; grows to the next bucket when they do not fit."""
@@ -153,15 +191,12 @@ class SlotCache(Cache):
 
     def fork(self, length: int) -> SlotCache:
         """An independent copy of the first `length` slots."""
-        twin = SlotCache(len(self.layers), self.limit)
+        twin = SlotCache(len(self.layers), self.limit, self.format)
         twin.cursor.capacity = self.cursor.capacity
         for mine, its in zip(self.layers, twin.layers, strict=True):
-            if mine.is_initialized:
-                its.lazy_initialization(mine.keys, mine.values)
-                its.keys[:, :, :length] = mine.keys[:, :, :length]
-                its.values[:, :, :length] = mine.values[:, :, :length]
+            its.copy(mine, length)
         return twin
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
+        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers)

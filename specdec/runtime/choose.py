@@ -14,6 +14,7 @@ from specdec import registry
 from specdec.dtypes import dtype_name
 from specdec.errors import BackendWarning, InputError, UnsupportedModelError
 from specdec.kernels import ops
+from specdec.quant.kv import kv_format
 from specdec.runtime.backend import Backend
 from specdec.runtime.native import DTYPES
 
@@ -25,12 +26,18 @@ _PROBE_WIDTH = 1024
 _PROBE_ROWS = 5
 
 
-def open_backend(model: Any, name: str | None = None, numerics: str | None = None, **options: Any) -> Backend:
+def open_backend(
+    model: Any, name: str | None = None, numerics: str | None = None, kv_cache: str | None = None, **options: Any
+) -> Backend:
     """The backend of that name on a loaded model; None takes `compiled` (on a GPU `cuda`) where it runs, else `eager`.
 
     numerics="invariant" wants a row's bits to be independent of the rows beside it, and refuses where that cannot be
-    had; "fast" allows stock products; None is invariant where our own kernels run.
+    had; "fast" allows stock products; None is invariant where our own kernels run. kv_cache: how keys and values are
+    stored, a name of `specdec.quant.kv`; None as they are computed.
     """
+    if kv_cache is not None:
+        kv_format(kv_cache)  # an unknown name is refused before anything is opened
+        options["kv_cache"] = kv_cache
     if numerics not in (None, *NUMERICS):
         raise InputError(f"numerics must be one of {NUMERICS} or None, not {numerics!r}")
     if name is None:
@@ -40,7 +47,8 @@ def open_backend(model: Any, name: str | None = None, numerics: str | None = Non
             backend: Backend = registry.find("backend", name).open(model, **options)
         except UnsupportedModelError as error:
             # What neither backend can run is refused by the stock one in its own words.
-            backend = registry.find("backend", "eager").open(model)
+            stored = {} if kv_cache is None else {"kv_cache": kv_cache}
+            backend = registry.find("backend", "eager").open(model, **stored)
             if numerics == "invariant":
                 raise InputError(f"numerics='invariant' cannot be had here: {error}") from error
             if on_gpu or (ops.available() and next(model.parameters()).device.type == "cpu"):
@@ -53,6 +61,20 @@ def open_backend(model: Any, name: str | None = None, numerics: str | None = Non
             "use numerics=None, and exact=True in half precision"
         )
     return backend
+
+
+def open_draft_backend(model: Any, name: str | None = None, kv_cache: str | None = None) -> Backend:
+    """Of a draft model, which stores its keys and values as the target does where it can, and else says so once."""
+    if kv_cache is not None:
+        try:
+            return open_backend(model, name, kv_cache=kv_cache)
+        except UnsupportedModelError as error:
+            backend = open_backend(model, name)  # what cannot run at all is refused here
+            warnings.warn(
+                f"the draft stores keys and values as it computes them: {error}", BackendWarning, stacklevel=3
+            )
+            return backend
+    return open_backend(model, name)
 
 
 def _seconds(call: Callable[[], object], repeats: int = 5) -> float:

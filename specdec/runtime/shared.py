@@ -132,6 +132,10 @@ class BesideBackend(SharingBackend):
         return self.target.capabilities
 
     @property
+    def kv_cache(self) -> str | None:
+        return self.target.kv_cache
+
+    @property
     def numerics(self) -> str:
         return self.target.numerics
 

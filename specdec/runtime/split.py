@@ -122,8 +122,9 @@ class SplitBackend(SharingBackend):
                 "on one device, or use another drafter"
             )
         try:
-            lower = type(whole).open(LowerPart(model, exit_layer))
-            upper = type(whole).open(UpperPart(model, exit_layer))
+            stored = {} if whole.kv_cache is None else {"kv_cache": whole.kv_cache}
+            lower = type(whole).open(LowerPart(model, exit_layer), **stored)
+            upper = type(whole).open(UpperPart(model, exit_layer), **stored)
             lower.expose((exit_layer,))
             made = cls(exit_layer, lower.on_slots_of(upper), upper)
             apart = made._apart(whole)
@@ -159,6 +160,10 @@ class SplitBackend(SharingBackend):
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
+
+    @property
+    def kv_cache(self) -> str | None:
+        return self.upper.kv_cache
 
     @property
     def numerics(self) -> str:

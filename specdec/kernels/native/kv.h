@@ -50,7 +50,7 @@ static void encode_int8(const void* row, int64_t size, void* codes, void* scales
     *static_cast<float*>(scales) = NAN;
     return;
   }
-  const float top = float_of(bits) < kSmallest ? kSmallest : float_of(bits), factor = 1.f / top * 127.f;
+  const float top = float_of(bits) < kSmallest ? kSmallest : float_of(bits), factor = 127.f / top;
   for (int64_t i = 0; i < size; i++) to[i] = int8_t(bits_of(float(to_float(from[i])) * factor + kRounder));
   *static_cast<float*>(scales) = top / 127.f;
 }

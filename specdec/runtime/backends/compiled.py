@@ -20,7 +20,7 @@ from typing_extensions import Self
 from specdec.errors import BackendWarning, InputError, UnsupportedModelError
 from specdec.kernels import ops
 from specdec.runtime import graph
-from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
+from specdec.runtime.backend import Backend, Capabilities, Step, StepResult, stored_as
 from specdec.runtime.backends.eager import EagerBackend
 from specdec.runtime.cache import bucket
 from specdec.runtime.check import DRAFT_TOLERANCE, TOLERANCE, apart, check_step, compare
@@ -51,6 +51,14 @@ class _Shared:
         self.python_seconds = 0.0
         # Bits differ between the graph and the model's own Python: it comes by itself only where tokens hardly notice.
         self.may_switch = only_drafts or stock.capabilities.dtype in (torch.float32, torch.float64)
+
+    def slots(self) -> Any:
+        """Of a new sequence."""
+        return ops.slots(len(self.native.windows), self.stock.kv_cache)
+
+    def exact_slots(self) -> Any:
+        """For comparisons: a difference in the last bit can move a stored code by a whole step."""
+        return ops.slots(len(self.native.windows))
 
     def run(self, tokens: Tensor, positions: Tensor, rows: Tensor, inputs: Tensor | None) -> Sequence[Tensor]:
         """Logits `[L, V]`, then the exposed hidden states, `[M, W]` each."""
@@ -99,10 +107,10 @@ class _Shared:
         if made is None:
             return
         step = check_step(self.stock.capabilities, self.native.input_width)
-        python = CompiledBackend(self).forward(step).logits
+        python = CompiledBackend(self, self.exact_slots()).forward(step).logits
         self.graph = made
         try:
-            share = apart(CompiledBackend(self).forward(step).logits, python, self.tolerance)
+            share = apart(CompiledBackend(self, self.exact_slots()).forward(step).logits, python, self.tolerance)
             if share is not None:
                 raise RuntimeError(f"the graph's logits are off by {share:.1e} of the largest")
         except Exception:
@@ -134,7 +142,8 @@ class CompiledBackend(Backend):
     """Steps on native kernels, compiled ahead of time when that pays.
 
     `compile`: "auto" takes a graph that is there already and makes one, in the background, once enough time went into
-    steps without it; "now" compiles at once, as `warmup()` does; "never" stays without.
+    steps without it; "now" compiles at once, as `warmup()` does; "never" stays without. `kv_cache`: how keys and values
+    are stored (`specdec.quant.kv`); graphs do not depend on it.
 
     Lossless: yes. Where `numerics` is "invariant", a row has the same bits in every step of the same kind (with the
     graph, or without), however many rows, trees or other sequences ride along.
@@ -142,7 +151,7 @@ class CompiledBackend(Backend):
 
     def __init__(self, shared: _Shared, slots: Any = None):
         self._shared = shared
-        self._slots = slots if slots is not None else ops.slots(len(shared.native.windows))
+        self._slots = slots if slots is not None else shared.slots()
 
     @property
     def _capacity(self) -> int:
@@ -150,10 +159,12 @@ class CompiledBackend(Backend):
 
     @classmethod
     def open(cls, model: Any, **options: Any) -> Self:
-        when = options.pop("compile", "auto")
+        when, kv_cache = options.pop("compile", "auto"), options.pop("kv_cache", None)
         if options or when not in COMPILE:
-            raise InputError(f"the compiled backend takes compile= one of {COMPILE}, not {options or when!r}")
-        backend = cls._checked(model, when)
+            raise InputError(
+                f"the compiled backend takes compile= one of {COMPILE}, and kv_cache=, not {options or when!r}"
+            )
+        backend = cls._checked(model, when, kv_cache=kv_cache)
         if when == "now":
             backend.warmup()
         return backend
@@ -163,8 +174,8 @@ class CompiledBackend(Backend):
         return cls._checked(model, "auto", only_drafts=True)
 
     @classmethod
-    def _checked(cls, model: Any, when: str, only_drafts: bool = False) -> Self:
-        stock = EagerBackend.open(model)
+    def _checked(cls, model: Any, when: str, only_drafts: bool = False, kv_cache: str | None = None) -> Self:
+        stock = EagerBackend.open(model, kv_cache=kv_cache)
         reason = unsupported(model)
         if reason:
             raise UnsupportedModelError(f"{reason}; use backend='eager'")
@@ -177,8 +188,8 @@ class CompiledBackend(Backend):
         shared = self._shared
         step = check_step(self.capabilities, shared.native.input_width)
         compare(
-            lambda: type(self)(shared).forward(step).logits,
-            lambda: shared.stock.fork(0).forward(step).logits,
+            lambda: type(self)(shared, shared.exact_slots()).forward(step).logits,
+            lambda: EagerBackend(shared.stock.model).forward(step).logits,
             shared.stock.model,
             shared.tolerance,
         )
@@ -192,6 +203,10 @@ class CompiledBackend(Backend):
         return self._shared
 
     @property
+    def kv_cache(self) -> str | None:
+        return self._shared.stock.kv_cache
+
+    @property
     def numerics(self) -> str:
         return "fast" if self._shared.native.stock else "invariant"
 
@@ -200,7 +215,7 @@ class CompiledBackend(Backend):
         self._shared.adopt()
         kind = "one compiled graph" if self._shared.graph is not None else "the model's own Python"
         stock = f", stock products in {', '.join(self._shared.native.stock)}" if self._shared.native.stock else ""
-        return f"native kernels ({ops.isa()}), {kind}{stock}"
+        return f"native kernels ({ops.isa()}), {kind}{stock}{stored_as(self.kv_cache)}"
 
     def warmup(self) -> None:
         if self._shared.graph is None:

@@ -18,6 +18,7 @@ from typing_extensions import Self
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.kernels.plan import Layout, num_parts, size, views
 from specdec.kernels.twin import TwinKernels
+from specdec.quant.kv import kv_format
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
 from specdec.runtime.backends.eager import EagerBackend
 from specdec.runtime.check import check_step, compare
@@ -210,9 +211,14 @@ class CudaBackend(Backend):
     @classmethod
     @torch.inference_mode()
     def open(cls, model: Any, **options: Any) -> Self:
-        kernels = options.pop("kernels", "triton")
+        kernels, format = options.pop("kernels", "triton"), kv_format(options.pop("kv_cache", None))
         if options or kernels not in KERNELS:
             raise InputError(f"the cuda backend takes kernels= one of {KERNELS}, not {options or kernels!r}")
+        if format is not None:
+            raise UnsupportedModelError(
+                f"the cuda backend stores keys and values as they are computed, not in {format.name}; use "
+                "backend='eager' with this kv_cache, or none"
+            )
         stock = EagerBackend.open(model)
         reason = unsupported(model, kernels)
         if reason:

@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from specdec.errors import InputError
-from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
+from specdec.quant.kv import kv_format
+from specdec.runtime.backend import Backend, Capabilities, Step, StepResult, stored_as
 from specdec.runtime.cache import SlotCache, check_rewindable, layer_types
 
 # Attention implementations that take a dense 4-D mask; flash kernels do not, and flex aborts on one.
@@ -20,9 +21,12 @@ _NO_LIMIT = 1 << 30
 
 
 class EagerBackend(Backend):
-    """Lossless: yes; float rounding may differ between row counts (see docs/lossless.md)."""
+    """Lossless: yes; float rounding may differ between row counts (see docs/lossless.md).
 
-    def __init__(self, model: Any, cache: SlotCache | None = None):
+    `kv_cache`: keys and values are stored as `specdec.quant.kv` says, and unpacked for each step.
+    """
+
+    def __init__(self, model: Any, cache: SlotCache | None = None, kv_cache: str | None = None):
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
         self._types = layer_types(self.config)
@@ -34,13 +38,14 @@ class EagerBackend(Backend):
             dtype=model.dtype,
             input_width=int(getattr(model, "input_width", 0)),
         )
-        self.cache = cache or SlotCache(self.config.num_hidden_layers, context)
+        self.cache = cache or SlotCache(self.config.num_hidden_layers, context, kv_format(kv_cache))
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
     def open(cls, model: Any, **options: Any) -> Self:
+        kv_cache = options.pop("kv_cache", None)
         if options:
-            raise InputError(f"the eager backend takes no options, not {sorted(options)}")
+            raise InputError(f"the eager backend takes kv_cache= and no other option, not {sorted(options)}")
         check_rewindable(model)
         if model.training:
             raise InputError(f"{type(model).__name__} is in training mode (dropout is on); call model.eval() first")
@@ -50,11 +55,22 @@ class EagerBackend(Backend):
                 f"the model uses {attention!r} attention, which takes no tree mask; load it with "
                 "attn_implementation='sdpa', or call model.set_attn_implementation('sdpa')"
             )
-        return cls(model)
+        made = cls(model, kv_cache=kv_cache)
+        if kv_cache is not None:
+            made.bytes_per_token  # noqa: B018 - a token goes through, so that sizes that do not fit are refused now
+        return made
 
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
+
+    @property
+    def kv_cache(self) -> str | None:
+        return self.cache.format.name if self.cache.format is not None else None
+
+    @property
+    def describes(self) -> str:
+        return super().describes + stored_as(self.kv_cache)
 
     def _bias(self, step: Step, sliding: bool) -> Tensor:
         allowed = step.mask_MC
