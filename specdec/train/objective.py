@@ -146,7 +146,8 @@ class Objective(ABC):
         return (*self.acceptance(batch), {})
 
     def advance(self, share: float) -> None:
-        """Told before the first step, and after each, which share of the budget is spent (1: all).
+        """Told before the first step, and after each, which share of the budget is spent (1: all). The first row of
+        the curve is from before.
 
         What it changes must be part of `module`'s state, for a resumed run is told nothing of what was before.
         """

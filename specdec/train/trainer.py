@@ -215,8 +215,8 @@ class _Run:
         settings, state = self.settings, self.state
         self.module.train()
         if not state.curve:
-            self.objective.advance(0.0)
             self.evaluate()
+            self.objective.advance(0.0)
         started, saved_at = time.monotonic() - state.seconds, time.monotonic()
         share = self.share()
         with StopSignal() as signal:

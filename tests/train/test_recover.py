@@ -284,7 +284,7 @@ def test_no_weights_are_kept_before_all_is_pruned(target, texts, tmp_path):
     made = recover(target, "sparse-60", prune_steps=3, prune_share=0.7)
     report = train(made, texts, settings(tmp_path, evaluations=8, patience=1))
     assert report.best["step"] >= 0.7 * 24
-    assert report.curve[0]["kl"] < report.best["kl"]  # less was pruned then
+    assert report.curve[1]["kl"] < report.best["kl"] < report.curve[0]["kl"]  # less was pruned; all was, untrained
     for layer in named_packed(load_model(tmp_path, device="cpu")).values():
         assert int((layer.weight_in(torch.float32) != 0).sum(1).max()) <= layer.format.stored(layer.in_features)
 
