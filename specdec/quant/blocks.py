@@ -145,7 +145,8 @@ def block_codes(values_K: Tensor, scales_G: Tensor, element: Element) -> Tensor:
         codes = (scaled * 64).round_().clamp_(-element.largest, element.largest).to(torch.int8).view(torch.uint8)
     else:
         codes = _float_codes(scaled, element)
-    return codes.masked_fill_((scales_G == NAN_SCALE).unsqueeze(-1), 0).flatten(-2)
+    dead_G1: Tensor = (scales_G == NAN_SCALE).unsqueeze(-1)
+    return codes.masked_fill_(dead_G1, 0).flatten(-2)
 
 
 def _float_codes(scaled: Tensor, element: Element) -> Tensor:

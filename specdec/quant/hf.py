@@ -16,10 +16,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specdec.errors import InputError
+from specdec.quant.blocks import ELEMENTS
 from specdec.quant.format import parse
 from specdec.quant.layers import candidates
 from specdec.quant.linear import PREFIX, PackedLinear
-from specdec.quant.mx import ELEMENTS
 from specdec.quant.recipe import Recipe
 from specdec.quant.swap import Swapped, check_files, finish, swap
 

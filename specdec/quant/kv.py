@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.kernels.packed import rounded_rows
-from specdec.quant.mx import BLOCK, ELEMENTS, block_codes, block_scales, block_values
+from specdec.quant.blocks import BLOCK, ELEMENTS, block_codes, block_scales, block_values
 
 
 class KVFormat(ABC):

@@ -177,6 +177,17 @@ def test_weights_that_moved_saturate_on_the_fitted_grid(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_single_columns_are_rounded_as_whole_weights_are(name):
+    form, group = parse(name), 128 if name == "int8" else size(name)
+    for weight in (torch.randn(60, group), every_magnitude(60, 128)[:, :group]):
+        fitted = form.fit(weight)
+        moved = weight.roll(1, 0)  # beyond the ends of its grid in places
+        whole = form.unpack({"codes": form.encode(moved, fitted), **fitted})
+        for columns in (slice(0, 1), slice(3, 8), slice(0, group)):
+            assert torch.equal(form.nearest(moved[:, columns], fitted), whole[:, columns])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_strides_dtypes_and_chunks_do_not_matter(name):
     weight = torch.randn(1024, 400).bfloat16().t()
     form = parse(name)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wide_values import FAMILIES, LARGEST, LEAST, TABLE, block_of
+from wide_values import FAMILIES, LARGEST, LEAST, TABLE, block_of, every_magnitude
 
 from specdec.errors import InputError
 from specdec.quant import PackedLinear, format_names, parse
@@ -138,6 +138,17 @@ def test_weights_that_moved_saturate_on_the_fitted_grid(family):
     assert torch.equal(far, weight.sign() * most)
     same = form.unpack(form.pack(weight))
     assert torch.equal(form.unpack({"codes": form.encode(same, fitted), **fitted}), same)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_single_columns_are_rounded_as_whole_weights_are(family):
+    form = parse(family)
+    for weight in (torch.randn(60, BLOCK), every_magnitude(60, BLOCK)):
+        fitted = form.fit(weight)
+        moved = weight.roll(1, 0)  # beyond the ends of its grid in places
+        whole = form.unpack({"codes": form.encode(moved, fitted), **fitted})
+        for columns in (slice(0, 1), slice(31, 32), slice(3, 8), slice(0, BLOCK)):
+            assert torch.equal(form.nearest(moved[:, columns], fitted), whole[:, columns])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
