@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from specdec.quant.methods.engine import Told
     from specdec.quant.plan import Plan
-    from specdec.quant.stream import Told
 
 _EXAMPLES = """\
 examples:
@@ -28,10 +28,20 @@ examples:
   specdec quantize org/model --recipe int4-g64 --method gptq --calibration texts.jsonl --out DIR
   specdec compare --target DIR                                   a folder that it wrote is a model like any other
 
-A recipe of one's own is JSON: {"default": "int4", "head": "mxint8", "rules": [["down_proj$", "mxint8"], ["gate", null]]}
+A recipe of one's own is JSON: {"default": "int4", "head": "mxint8", "rules": [["down_proj", "int8"], ["o_proj", null]]}
 Rules are regular expressions over module names, the first that is found counts, and null leaves a layer as it is.
 """
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
 _FORMATS = "mxfp8_e4m3, mxfp6_e2m3, mxfp4, mxint8, int8, int4, int4-g64-asym, sparse-60, …"
 
 
@@ -89,6 +99,17 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="an option of the method; repeatable",
     )
+    group.add_argument(
+        "--calibration",
+        default="self",
+        metavar="FILE",
+        help="text or JSONL that the method looks at activations on; self: the model writes it (default); stdlib: the "
+        "source of the Python standard library. Never the prompts that the model is judged by",
+    )
+    group.add_argument("--calibration-rows", type=int, default=64, metavar="N", help="of text (default: 64)")
+    group.add_argument("--calibration-length", type=int, metavar="N", help="tokens of a row (default: 256)")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of the text")
+    group.add_argument("--device", help="that the model runs on: cpu, cuda, … (default: cuda if there is one)")
 
 
 def _recipe(arguments: argparse.Namespace) -> Any:
@@ -115,16 +136,41 @@ def _say_plan(plan: Plan, console: Console) -> None:
 
 @contextmanager
 def _bar(console: Console, quiet: bool) -> Iterator[Told]:
-    """Bytes of the source that are done, and the tensor at hand; nothing where no one looks."""
+    """How much is done, and what is at hand; nothing where no one looks."""
     if quiet or not console.is_terminal:
-        yield lambda name, done, of: None
+        yield lambda done, of, what: None
         return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(24), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("")
-        yield lambda name, done, of: progress.update(task, completed=done, total=of, description=name)
+        yield lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
+
+
+def _write(plan: Plan, arguments: argparse.Namespace, console: Console) -> None:
+    from specdec.quant.stream import quantize
+
+    prepared, budget = None, arguments.memory_budget
+    if plan.calibrates:
+        from specdec.quant.calibrate import calibrate
+
+        with _bar(console, arguments.quiet) as told:
+            prepared = calibrate(
+                plan,
+                arguments.calibration,
+                rows=arguments.calibration_rows,
+                length=arguments.calibration_length,
+                seed=arguments.seed,
+                device=options.checked_device(arguments.device),
+                memory_budget=budget,
+                told=told,
+            )
+        for note in prepared.notes:
+            console.print(note, markup=False)
+    with _bar(console, arguments.quiet) as told:
+        overwrite = arguments.overwrite
+        quantize(plan, arguments.out, prepared=prepared, overwrite=overwrite, memory_budget=budget, told=told)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -138,7 +184,6 @@ def run(arguments: argparse.Namespace) -> int:
     from specdec.loading import EMBEDDED
     from specdec.quant.plan import prepare
     from specdec.quant.source import check_output
-    from specdec.quant.stream import quantize
 
     if arguments.threads is not None:
         if arguments.threads < 1:
@@ -153,14 +198,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         _say_plan(plan, err)
     if not arguments.dry_run:
-        with _bar(err, arguments.quiet) as told:
-            quantize(
-                plan,
-                arguments.out,
-                overwrite=arguments.overwrite,
-                memory_budget=arguments.memory_budget,
-                told=told,
-            )
+        _write(plan, arguments, err)
     out.print(table(plan.report, arguments.every_layer))
     if not arguments.dry_run:
         out.print(f"specdec compare --target {arguments.out}", markup=False, soft_wrap=True)

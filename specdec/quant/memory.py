@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import MemoryBudgetError
+from specdec.quant.methods.calibration import LENGTH, ROWS
 from specdec.quant.report import Report
 
 # Weights that are rounded at once, and bytes that each of them may take meanwhile: 3 were the most that was measured of
@@ -32,8 +34,8 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def check(self, folder: Path, budget: int | None = None) -> None:
-        """`MemoryBudgetError` with the figures when the work cannot fit into memory, `budget`, or `folder`'s disk."""
+    def check_memory(self, budget: int | None = None) -> None:
+        """`MemoryBudgetError` with the figures when the work cannot fit into memory, or into `budget` bytes."""
         advice = "write smaller shards (--max-shard-size), or work on a machine with more memory"
         if budget is not None and self.peak > budget:
             raise MemoryBudgetError(
@@ -44,6 +46,9 @@ class Estimate:
             raise MemoryBudgetError(
                 f"quantising takes up to {self.peak:,} bytes of memory; {available:,} are free here: {advice}"
             )
+
+    def check_disk(self, folder: Path) -> None:
+        """`MemoryBudgetError` with the figures when the result cannot fit on the disk of `folder`."""
         free = shutil.disk_usage(folder).free
         if self.result > free:
             raise MemoryBudgetError(
@@ -59,11 +64,23 @@ def of_stream(report: Report, max_shard: int) -> Estimate:
     return Estimate(report.before, report.after, min(max_shard, report.after) + largest + rounding, report.after)
 
 
-def of_loaded(report: Report, extra: int = 0) -> Estimate:
-    """When the whole model is in memory, and its layers are replaced one after another; `extra`: of the method."""
+def of_loaded(report: Report, method: int = 0) -> Estimate:
+    """When the whole model is in memory until the whole result is there; `method`: what its method takes besides."""
     rounding = PER_WEIGHT * min(CHUNK, max(layer.weights for layer in report.layers))
-    largest = max(layer.after for layer in report.layers)
-    return Estimate(report.before, report.after, report.before + largest + rounding + extra, report.after)
+    return Estimate(report.before, report.after, report.before + report.after + rounding + method, report.after)
+
+
+def of_method(report: Report, width: int, tokens: int = ROWS * LENGTH) -> int:
+    """Of a method that looks at activations: the weights of a block in float32, twice; statistics of the widest input,
+    its Hessian and two factors of it at the most; hidden states `width` wide of a calibration text, before and after a
+    block.
+    """
+    blocks: dict[str, int] = {}
+    for layer in report.layers:
+        block = "".join(re.split(r"(\.\d+\.)", layer.module)[:2])
+        blocks[block] = blocks.get(block, 0) + layer.weights
+    inputs = max(layer.shape[1] for layer in report.layers)
+    return 4 * (2 * max(blocks.values()) + 3 * inputs**2 + 2 * tokens * width)
 
 
 def available_memory() -> int | None:

@@ -16,7 +16,8 @@ from specdec.quant import memory
 from specdec.quant.format import Format
 from specdec.quant.layers import Candidates, candidates
 from specdec.quant.memory import Estimate
-from specdec.quant.recipe import Recipe
+from specdec.quant.methods.method import create
+from specdec.quant.recipe import ROUND, Recipe
 from specdec.quant.report import BY_RECIPE, BY_SHAPE, OTHER, Kept, Layer, Report, why
 from specdec.quant.source import Checkpoint, empty_model, local_folder, model_names, read_config
 
@@ -50,7 +51,12 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """The method looks at activations, for which the whole model is loaded."""
-        return self.recipe.method != "rtn"
+        return self.recipe.method != ROUND
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the layers' weights in the files."""
+        return next((self.checkpoint.tensors[key].dtype for key in self.keys.values()), torch.float32)
 
     @property
     def unties(self) -> bool:
@@ -68,7 +74,7 @@ def prepare(
     """For a folder or hub id, from its headers and configuration alone. `max_shard`: bytes of a file, at most.
 
     Raises `UnsupportedModelError` for weights that are pickled, damaged, quantised already or not the model's own, and
-    `InputError` for recipes that do not fit the model.
+    `InputError` for recipes that do not fit the model, and methods that do not fit the recipe.
     """
     if max_shard < 1:
         raise InputError(f"a shard holds at least 1 byte, not {max_shard}")
@@ -79,6 +85,9 @@ def prepare(
     model = empty_model(config, trust_remote_code)
     layers = candidates(model)
     formats = recipe.assign(layers)
+    method = create(recipe.method, recipe.options)
+    for name, format in formats.items():
+        method.check(name, format)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     names = model_names(model, list(checkpoint.tensors))
     by_name = {name: key for key, name in names.items()}
@@ -97,8 +106,11 @@ def prepare(
     lacking = [name for name in formats if name not in keys]
     obstacle = f"the files have no tensor for {lacking[0]}.weight alone" if lacking else None
     report = _report(checkpoint, recipe, layers, formats, kept, names, modules, table)
-    loads = obstacle is not None or recipe.method != "rtn"
-    estimate = memory.of_loaded(report) if loads else memory.of_stream(report, max_shard)
+    if obstacle is not None or recipe.method != ROUND:
+        width = config.get_text_config(decoder=True).hidden_size
+        estimate = memory.of_loaded(report, memory.of_method(report, width) if recipe.method != ROUND else 0)
+    else:
+        estimate = memory.of_stream(report, max_shard)
     return Plan(
         Path(source).resolve().name if Path(source).is_dir() else str(source),
         checkpoint, recipe, layers, formats, keys, names, kept, transposed, report, estimate, max_shard, obstacle,

@@ -14,8 +14,7 @@ from specdec.errors import InputError
 from specdec.quant.format import Format, format_names, parse
 from specdec.quant.layers import Candidates, is_head
 
-#: How the stored values are chosen. All but "rtn" (round to nearest) look at the model's activations on some text.
-METHODS = ("rtn", "awq", "gptq", "smoothquant")
+ROUND = "rtn"  # the method that looks at nothing but the weights
 SAME, KEEP, ERROR = "default", "keep", "error"  # words that stand where a format's name may
 _VERSION = 1
 
@@ -51,13 +50,14 @@ class Recipe:
     (`re.search`); `head` for the output layer; `default`. Formats go by name, and None keeps a layer as it is.
 
     `head`: "default" for the same as all others. `fallback` is for layers whose shape their format cannot take:
-    "error", "keep", or another format. `optional`: a rule may match nothing. `options` go to the method.
+    "error", "keep", or another format. `optional`: a rule may match nothing. `method`, with its `options`, chooses
+    the stored values (`specdec.quant.methods`); both are looked at by whoever applies it.
     """
 
     default: str | None
     rules: tuple[tuple[str, str | None], ...] = ()
     head: str | None = SAME
-    method: str = "rtn"
+    method: str = ROUND
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     fallback: str = ERROR
     optional: bool = False
@@ -72,8 +72,6 @@ class Recipe:
             object.__setattr__(self, "head", _known(self.head))
         if self.fallback not in (ERROR, KEEP):
             object.__setattr__(self, "fallback", _known(self.fallback))
-        if self.method not in METHODS:
-            raise InputError(f"no method is called {self.method!r}; there are: {', '.join(METHODS)}")
         for pattern, _ in rules:
             try:
                 re.compile(pattern)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,20 +23,20 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
     What stood at `out` is replaced only then.
     """
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.resolve().parent))
+    aside, old = (out.resolve().parent / f".{out.name}.{secrets.token_hex(4)}.{what}" for what in ("partial", "old"))
+    aside.mkdir()
     try:
         yield aside
-        aside.chmod(0o755)  # mkdtemp makes folders for their owner alone
-        old = None
         if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.resolve().parent))
-            out.rename(old / out.name)
+            out.rename(old)
         aside.rename(out)
-        if old is not None:
+        if old.exists():
             shutil.rmtree(old)
     finally:
         if aside.exists():
             shutil.rmtree(aside)
+        if old.exists() and not out.exists():
+            old.rename(out)
 
 
 class ShardWriter:
@@ -68,6 +68,8 @@ class ShardWriter:
         if count == 1:
             files = ["model.safetensors"]
         for i, file in enumerate(files):
+            # safetensors gives files to their owner alone; they are as readable as all else here.
+            self._part(i).chmod(self.folder.stat().st_mode & 0o666)
             self._part(i).rename(self.folder / file)
         if count > 1:
             table = {name: file for names, file in zip(self._names, files, strict=True) for name in names}

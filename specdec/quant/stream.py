@@ -6,8 +6,8 @@ Shape suffixes: N outputs, K inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +16,19 @@ from specdec.errors import InputError
 from specdec.quant.format import Format
 from specdec.quant.linear import PREFIX
 from specdec.quant.memory import CHUNK
+from specdec.quant.methods.method import Prepared
 from specdec.quant.plan import Plan
+from specdec.quant.recipe import ROUND
 from specdec.quant.report import Report
 from specdec.quant.shards import ShardWriter, copy_companions, whole_folder, write_config
 from specdec.quant.source import check_output
 from specdec.train import provenance
 
-#: Told before each tensor: its name, bytes of the source that are done, and of all.
-Told = Callable[[str, int, int], None]
+#: Told before each tensor: bytes of the source that are done, of all, the tensor's name.
+Told = Callable[[int, int, str], None]
 
 
-def _silent(name: str, done: int, of: int) -> None:
+def _silent(done: int, of: int, name: str) -> None:
     """Tells nobody."""
 
 
@@ -34,7 +36,7 @@ def quantize(
     plan: Plan,
     out: str | Path,
     *,
-    prepared: Any = None,
+    prepared: Prepared | None = None,
     overwrite: bool = False,
     memory_budget: int | None = None,
     told: Told = _silent,
@@ -51,9 +53,14 @@ def quantize(
     out = Path(out)
     source = plan.checkpoint.folder
     check_output(out, source, overwrite)
-    plan.estimate.check(out.resolve().parent, memory_budget)
+    plan.estimate.check_disk(out.resolve().parent)
+    if prepared is None:
+        plan.estimate.check_memory(memory_budget)
     if plan.calibrates and prepared is None:
-        raise InputError(f"{plan.recipe.method} needs what specdec.quant.methods made of the model: give prepared=")
+        raise InputError(f"the method {plan.recipe.method} looks at activations: give prepared=calibrate(plan, ...)")
+    unknown = set(prepared.changed) - set(plan.names.values()) if prepared is not None and not plan.obstacle else set()
+    if unknown:
+        raise InputError(f"{plan.recipe.method} changed {min(unknown)}, which is no tensor of the files by itself")
     with whole_folder(out) as folder:
         if plan.obstacle is None:
             _write(plan, prepared, folder, told)
@@ -74,7 +81,7 @@ def quantize(
     return plan.report
 
 
-def _write(plan: Plan, prepared: Any, folder: Path, told: Told) -> None:
+def _write(plan: Plan, prepared: Prepared | None, folder: Path, told: Told) -> None:
     writer = ShardWriter(folder, plan.max_shard)
     for name, tensor in _tensors(plan, prepared, told, writer.make_room):
         writer.add(name, tensor)
@@ -83,12 +90,12 @@ def _write(plan: Plan, prepared: Any, folder: Path, told: Told) -> None:
     write_config(plan.checkpoint.folder, folder, plan.recipe.to_dict(), plan.unties)
 
 
-def _through_model(plan: Plan, prepared: Any, folder: Path) -> None:
+def _through_model(plan: Plan, prepared: Prepared | None, folder: Path) -> None:
     """Where the files' tensors are not the model's own, transformers makes those while it loads the model."""
     from specdec.loading import load_model
     from specdec.quant.hf import QuantConfig
 
-    rounding = replace(plan.recipe, method="rtn", options={})
+    rounding = replace(plan.recipe, method=ROUND, options={})
     source, remote = plan.checkpoint.folder, plan.trust_remote_code
     model = load_model(source, device="cpu", dtype="auto", quantize=rounding, trust_remote_code=remote)
     if prepared is not None:
@@ -102,7 +109,9 @@ def _through_model(plan: Plan, prepared: Any, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size=plan.max_shard)
 
 
-def _tensors(plan: Plan, prepared: Any, told: Told, room: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    plan: Plan, prepared: Prepared | None, told: Told, room: Callable[[int], None]
+) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the result, in the order of the source's files."""
     checkpoint = plan.checkpoint
     made_of: dict[str, list[str]] = {}
@@ -113,16 +122,16 @@ def _tensors(plan: Plan, prepared: Any, told: Told, room: Callable[[int], None])
         copied.setdefault(key, []).append(name)
     done, of = 0, checkpoint.num_bytes
     for key, stored in checkpoint.tensors.items():
-        told(key, done, of)
+        told(done, of, key)
         for module in made_of.get(key, ()):
             room(plan.formats[module].num_bytes(*plan.layers.shapes[module]))
             parts = prepared.parts[module] if prepared is not None else _packed(plan, module)
-            yield from ((f"{module}.{PREFIX}{part}", tensor) for part, tensor in parts.items())
+            yield from ((f"{module}.{PREFIX}{part}", tensor.cpu()) for part, tensor in parts.items())
         for name in copied.get(key, ()):
-            changed = prepared.changed.get(plan.names.get(key)) if prepared is not None else None
-            yield name, _finite(checkpoint.read(key), key) if changed is None else changed.to(stored.dtype)
+            changed = prepared.changed.get(plan.names.get(key, key)) if prepared is not None else None
+            yield name, _finite(checkpoint.read(key), key) if changed is None else changed.to("cpu", stored.dtype)
         done += stored.num_bytes
-    told("", of, of)
+    told(of, of, "")
 
 
 def _packed(plan: Plan, module: str) -> dict[str, Tensor]:
