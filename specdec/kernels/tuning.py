@@ -1,0 +1,179 @@
+"""Schedules of the packed products on GPUs: tile sizes, warps and stages that change the time and not one bit.
+
+What does change bits, the order of sums, is no part of a schedule: it follows from the weight's shape in
+`specdec.kernels.triton_packed`. Schedules come from a table until `triton_packed.tune` has measured better ones on the
+device; those are kept in the user's cache, by device, Triton version, format, dtype and shape.
+
+Shape suffixes: M rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.build import cache_folder
+
+#: Up to so many rows a step has one tile of rows; more rows share decoded weights in wider ones.
+NARROW = 16
+
+
+class Schedule(NamedTuple):
+    """How a product is laid out on the device; every field may change without changing a bit of the result."""
+
+    rows: int  # of a tile: never 64, from where on Hopper's tensor cores are driven in another way, with other sums
+    outputs: int  # of a tile
+    warps: int
+    stages: int  # of loads in flight
+
+
+def default(N: int, M: int, strips: int, itemsize: int) -> Schedule:
+    """Of a product with M rows and N outputs, whose tiles are cut into `strips` of K."""
+    if itemsize > 2:  # no tensor cores: small tiles, or registers run out
+        return Schedule(16, 16, 4, 2)
+    if M > NARROW:
+        return Schedule(32, 32 if strips > 1 else 64, 4, 3)
+    if strips > 1:
+        return Schedule(16, 16, 4, 4)
+    return Schedule(16, 32 if N < 16384 else 64, 4, 4)
+
+
+def candidates(N: int, M: int, strips: int, itemsize: int) -> list[Schedule]:
+    """What is measured, the default first."""
+    first = default(N, M, strips, itemsize)
+    if itemsize > 2:
+        return [first]
+    rows = (16,) if M <= NARROW else (16, 32)
+    found = [
+        Schedule(r, outputs, warps, stages)
+        for r in rows
+        for outputs in (16, 32, 64)
+        for warps in ((4, 8) if strips > 1 else (2, 4))
+        for stages in (3, 5)
+        if outputs * strips >= 8 * warps
+    ]
+    return [first, *(schedule for schedule in found if schedule != first)]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # built from source, or put on the path by hand
+        return "unknown"
+
+
+def path_for(device: torch.device) -> Path:
+    """The file of the schedules measured on this kind of device."""
+    safe = "".join(c if c.isalnum() else "-" for c in f"{device_name(device)}-triton-{_triton()}")
+    return cache_folder() / "schedules" / f"{safe}.json"
+
+
+def key(what: str, N: int, K: int, M: int) -> str:
+    """`what`: format and dtype."""
+    return f"{what} {N}x{K} {'narrow' if M <= NARROW else 'wide'}"
+
+
+def _read(path: Path) -> dict[str, Schedule]:
+    """What the file holds; nothing when there is none or it cannot be read, since it can be measured again."""
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(stored, dict):
+        return {}
+    return {
+        name: Schedule(*fields)
+        for name, fields in stored.items()
+        if isinstance(fields, list) and len(fields) == 4 and all(type(field) is int for field in fields)
+    }
+
+
+_known = lru_cache(maxsize=16)(_read)
+_path_for = lru_cache(maxsize=64)(lambda name, index, folder: path_for(torch.device(name, index)))
+
+
+def schedule(what: str, N: int, K: int, M: int, strips: int, itemsize: int, device: torch.device) -> Schedule:
+    """The measured schedule of a product, else the table's. One from a file is taken only if it is a candidate."""
+    path = _path_for(device.type, device.index, str(cache_folder()))
+    found = _known(path).get(key(what, N, K, M))
+    if found is not None and found in candidates(N, M, strips, itemsize):
+        return found
+    return default(N, M, strips, itemsize)
+
+
+def _write(path: Path, name: str, best: Schedule) -> None:
+    """Beside what other processes have written meanwhile; the file appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {**_read(path), name: best}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
+    with os.fdopen(handle, "w") as file:
+        json.dump({name: list(stored[name]) for name in sorted(stored)}, file, indent=1)
+    os.replace(temporary, path)
+    _known.cache_clear()
+
+
+def fastest(
+    name: str,
+    options: Sequence[Schedule],
+    run: Callable[[Schedule], Tensor],
+    seconds: Callable[[Schedule], float],
+    device: torch.device,
+) -> Schedule:
+    """The fastest of `options` that has the bits of the first, kept in the cache under `name`.
+
+    `run` gives a product; options that need more registers or shared memory than there is are passed over.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    expected = run(options[0])
+    times = {options[0]: seconds(options[0])}
+    for option in options[1:]:
+        try:
+            same = torch.equal(run(option), expected)
+        except OutOfResources:
+            continue
+        if same:
+            times[option] = seconds(option)
+    best = min(times, key=lambda option: times[option])
+    _write(path_for(device), name, best)
+    return best
+
+
+def graph_seconds(calls: Sequence[Callable[[], object]], rounds: int = 9) -> float:
+    """Median seconds of one call: all calls in one CUDA graph, replayed `rounds` times.
+
+    Calls should read different memory, in all more than the device's cache holds, or they measure the cache.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiled and allocated before the capture
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(rounds + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000 / len(calls))
+    return statistics.median(times[1:])  # the first replay uploads the graph
