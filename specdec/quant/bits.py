@@ -34,10 +34,10 @@ def pack_bits(codes_NK: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes_NK
     groups = codes_NK.unflatten(-1, (-1, WIDTHS[bits])).unbind(-1)
-    if bits == 4:
-        return groups[0] | groups[1] << 4
-    a, b, c, d = groups
     out = codes_NK.new_empty(*codes_NK.shape[:-1], size)
+    if bits == 4:
+        return torch.bitwise_or(groups[0], groups[1] << 4, out=out)
+    a, b, c, d = groups
     out[..., 0::3] = a | b << 6
     out[..., 1::3] = b >> 2 | c << 4
     out[..., 2::3] = c >> 4 | d << 2

@@ -139,14 +139,14 @@ def block_scales(
 
 def block_codes(values_K: Tensor, scales_G: Tensor, element: Element) -> Tensor:
     """Element codes uint8 `[..., K]`: nearest, ties to even, saturating; 0 throughout blocks whose scale is NaN."""
-    scaled = values_K.float().unflatten(-1, (-1, BLOCK)) * _powers(_BIAS - scales_G.int()).unsqueeze(-1)
+    scaled: Tensor = values_K.float().unflatten(-1, (-1, BLOCK)) * _powers(_BIAS - scales_G.int()).unsqueeze(-1)
+    codes: Tensor
     if element.integer:
         # -128 stays unused, as the specification allows: -2.0 would move the scale when its block is packed again.
         codes = (scaled * 64).round_().clamp_(-element.largest, element.largest).to(torch.int8).view(torch.uint8)
     else:
         codes = _float_codes(scaled, element)
-    dead_G1: Tensor = (scales_G == NAN_SCALE).unsqueeze(-1)
-    return codes.masked_fill_(dead_G1, 0).flatten(-2)
+    return codes.masked_fill_((scales_G == NAN_SCALE).unsqueeze(-1), 0).flatten(-2)
 
 
 def _float_codes(scaled: Tensor, element: Element) -> Tensor:
