@@ -5,6 +5,8 @@ Shape suffixes: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +27,10 @@ def linear(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = None) 
 
     A row's bits do not depend on the other rows where our kernels run.
     """
+    if _on_triton(x.device):
+        from specdec.kernels import triton_packed
+
+        return triton_packed.linear(x, format, parts, bias)
     return reference(x, format, parts, bias)
 
 
@@ -37,7 +43,20 @@ def reference(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = Non
 
 def invariant(device: torch.device, format: Format) -> bool:
     """Whether a row's bits do not depend on the rows beside it here: by exact sums, or by our kernels' fixed order."""
+    if _on_triton(device):
+        from specdec.kernels import triton_packed
+
+        return triton_packed.family(format) is not None
     return format.name == "int8"
+
+
+def _on_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and _has_triton()
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def rounded_rows(rows_MK: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def _signed8(words, SHAPE: tl.constexpr):
 @triton.jit
 def _carried(bits, CARRY: tl.constexpr):
     """The numbers of bfloat16 bits in CARRY, bfloat16 or float32."""
-    if CARRY == tl.bfloat16:
+    if tl.bfloat16 == CARRY:
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -124,7 +124,10 @@ def _powers(scales, CARRY: tl.constexpr):
 @triton.jit
 def over_groups(values, SHAPE: tl.constexpr, GROUP: tl.constexpr):
     """`[N, G]` to `[N, K]`: each value for all inputs of its group."""
-    wide: tl.constexpr = [*SHAPE[:-1], SHAPE[-1] // GROUP, GROUP]
+    if len(SHAPE) == 2:
+        wide: tl.constexpr = (SHAPE[0], SHAPE[1] // GROUP, GROUP)
+    else:
+        wide: tl.constexpr = (SHAPE[0], SHAPE[1], SHAPE[2] // GROUP, GROUP)
     return tl.broadcast_to(tl.expand_dims(values, -1), wide).reshape(SHAPE)
 
 
@@ -138,7 +141,7 @@ def _nearest_bfloat16(values):
 @triton.jit
 def nearest(values, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     """`values` in DTYPE. With WIDE, for the interpreter, which cuts off for bfloat16: float32 of as many bits."""
-    if WIDE and DTYPE == tl.bfloat16:
+    if WIDE and tl.bfloat16 == DTYPE:
         return _nearest_bfloat16(values)
     else:
         return values.to(DTYPE)
@@ -159,9 +162,11 @@ def decoded(
         else:
             raw -= tl.full(SHAPE, 136.0, CARRY)
         return raw * over_groups(scales.to(CARRY), SHAPE, GROUP)
-    scale = over_groups(_powers(scales, CARRY), SHAPE, GROUP)
+    power = _powers(scales, CARRY)
     if KIND == "integer":
-        raw = (_signed8(a, SHAPE) * FIX).to(CARRY)
+        # The least scale over 64 is the least bfloat16 there is.
+        power *= tl.full((1,) * len(SHAPE), FIX, CARRY)
+        raw = _signed8(a, SHAPE).to(CARRY)
     else:
         if BITS == 4:
             bits = _float4(a, SHAPE)
@@ -170,4 +175,4 @@ def decoded(
         else:
             bits = _float8(a, MANTISSA, SHAPE)
         raw = _carried(bits, CARRY) * tl.full(SHAPE, FIX, CARRY)
-    return raw * scale
+    return raw * over_groups(power, SHAPE, GROUP)

@@ -98,8 +98,10 @@ def _grid(M: int, N: int, plan: Schedule) -> tuple[int, int]:
     return triton.cdiv(M, plan.rows), triton.cdiv(N, plan.outputs)
 
 
-def _tiles(plan: Schedule) -> dict[str, int]:
-    return {"BM": plan.rows, "BN": plan.outputs, "num_warps": plan.warps, "num_stages": plan.stages}
+def _tiles(plan: Schedule) -> dict[str, Any]:
+    # A product and a sum are fused where a kernel says so (`tl.dot`) and nowhere else, in every version of Triton.
+    tile = {"BM": plan.rows, "BN": plan.outputs}
+    return {**tile, "num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": False}
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ def _int8(rows: Tensor, parts: Parts, bias: Tensor | None, out: Tensor, plan: Sc
     row_codes, row_scales = _rounded(rows)
     int8[_grid(M, N, plan)](
         row_codes, row_scales, codes, scales, scales if bias is None else bias, out, M, N, K,
-        BIAS=bias is not None, WIDE=INTERPRETED, BK=256, **_tiles(plan), enable_fp_fusion=False,
+        BIAS=bias is not None, WIDE=INTERPRETED, BK=256, **_tiles(plan),
     )  # fmt: skip
 
 
@@ -200,7 +202,7 @@ def linear(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = None) 
     if M:
         what = f"{format.name} {dtype_name(x.dtype)}"
         with torch.cuda.device_of(x):
-            plan = tuning.schedule(what, N, K, M, num_strips, itemsize, x.device)
+            plan = tuning.schedule(what, N, K, M > tuning.NARROW, num_strips, itemsize, x.device)
             _kernel(name)(rows, parts, bias, out, plan)
     return out.view(*x.shape[:-1], N)
 
@@ -242,8 +244,9 @@ def tune(
         def timed(plan: Schedule, rows: Tensor = rows) -> float:
             return seconds([partial(run, plan, rows, weight) for weight in weights])
 
-        options = tuning.candidates(N, M, num_strips, itemsize)
-        key = tuning.key(f"{format.name} {dtype_name(dtype)}", N, K, M)
+        wide = M > tuning.NARROW
+        options = tuning.candidates(N, wide, num_strips, itemsize)
+        key = tuning.key(f"{format.name} {dtype_name(dtype)}", N, K, wide)
         with torch.cuda.device_of(rows):
             found[M] = tuning.fastest(key, options, partial(run, rows=many, parts=parts), timed, device)
     return found

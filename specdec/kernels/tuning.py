@@ -37,23 +37,23 @@ class Schedule(NamedTuple):
     stages: int  # of loads in flight
 
 
-def default(N: int, M: int, strips: int, itemsize: int) -> Schedule:
-    """Of a product with M rows and N outputs, whose tiles are cut into `strips` of K."""
+def default(N: int, wide: bool, strips: int, itemsize: int) -> Schedule:
+    """Of a product with N outputs and few or (`wide`) many rows, whose tiles are cut into `strips` of K."""
     if itemsize > 2:  # no tensor cores: small tiles, or registers run out
         return Schedule(16, 16, 4, 2)
-    if M > NARROW:
-        return Schedule(32, 32 if strips > 1 else 64, 4, 3)
+    if wide:
+        return Schedule(32, 32, 4, 3)
     if strips > 1:
         return Schedule(16, 16, 4, 4)
     return Schedule(16, 32 if N < 16384 else 64, 4, 4)
 
 
-def candidates(N: int, M: int, strips: int, itemsize: int) -> list[Schedule]:
+def candidates(N: int, wide: bool, strips: int, itemsize: int) -> list[Schedule]:
     """What is measured, the default first."""
-    first = default(N, M, strips, itemsize)
+    first = default(N, wide, strips, itemsize)
     if itemsize > 2:
         return [first]
-    rows = (16,) if M <= NARROW else (16, 32)
+    rows = (16, 32) if wide else (16,)
     found = [
         Schedule(r, outputs, warps, stages)
         for r in rows
@@ -82,9 +82,9 @@ def path_for(device: torch.device) -> Path:
     return cache_folder() / "schedules" / f"{safe}.json"
 
 
-def key(what: str, N: int, K: int, M: int) -> str:
+def key(what: str, N: int, K: int, wide: bool) -> str:
     """`what`: format and dtype."""
-    return f"{what} {N}x{K} {'narrow' if M <= NARROW else 'wide'}"
+    return f"{what} {N}x{K} {'wide' if wide else 'narrow'}"
 
 
 def _read(path: Path) -> dict[str, Schedule]:
@@ -102,17 +102,12 @@ def _read(path: Path) -> dict[str, Schedule]:
     }
 
 
-_known = lru_cache(maxsize=16)(_read)
-_path_for = lru_cache(maxsize=64)(lambda name, index, folder: path_for(torch.device(name, index)))
-
-
-def schedule(what: str, N: int, K: int, M: int, strips: int, itemsize: int, device: torch.device) -> Schedule:
+@lru_cache(maxsize=4096)
+def schedule(what: str, N: int, K: int, wide: bool, strips: int, itemsize: int, device: torch.device) -> Schedule:
     """The measured schedule of a product, else the table's. One from a file is taken only if it is a candidate."""
-    path = _path_for(device.type, device.index, str(cache_folder()))
-    found = _known(path).get(key(what, N, K, M))
-    if found is not None and found in candidates(N, M, strips, itemsize):
-        return found
-    return default(N, M, strips, itemsize)
+    found = _read(path_for(device)).get(key(what, N, K, wide))
+    options = candidates(N, wide, strips, itemsize)
+    return found if found in options else options[0]
 
 
 def _write(path: Path, name: str, best: Schedule) -> None:
@@ -123,7 +118,7 @@ def _write(path: Path, name: str, best: Schedule) -> None:
     with os.fdopen(handle, "w") as file:
         json.dump({name: list(stored[name]) for name in sorted(stored)}, file, indent=1)
     os.replace(temporary, path)
-    _known.cache_clear()
+    schedule.cache_clear()
 
 
 def fastest(
