@@ -30,7 +30,7 @@ from specdec.sampling import Sampling
 from specdec.spelling import Spelling, matches
 from specdec.train.data import read_texts
 from specdec.tree import TokenTree
-from specdec.vocabulary import cut_head
+from specdec.vocabulary import cut_head, output_device, output_size
 
 METHODS = ("tli", "retokenise")
 # Below this share of the target's text in common tokens, drafting in common tokens ends too often.
@@ -123,6 +123,7 @@ class CrossVocabDrafter(ModelRunner):
     Lossless: yes, with every lossless verifier.
     """
 
+    quantizes = True
     method: ClassVar[str]  # one of METHODS
 
     def __init__(self, model: Any, translation: Translation, backend: str | None = None):
@@ -146,7 +147,9 @@ class CrossVocabDrafter(ModelRunner):
             raise InputError(f"method is one of {METHODS}, or left out to let the tokenizers decide, not {method!r}")
         if not isinstance(draft, torch.nn.Module):
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(draft))
-            draft = load_model(str(draft), device=context.device, dtype=context.dtype)
+            draft = load_model(str(draft), device=context.device, dtype=context.dtype, quantize=context.quantize)
+        elif context.quantize is not None:
+            raise InputError("draft= is a model that is loaded already: load it with quantization_config=, or name it")
         translation = Translation(context.tokenizer, tokenizer)
         texts = probe_texts(probe)
         if method is None:
@@ -194,7 +197,7 @@ class CommonTokens(CrossVocabDrafter):
     method = "tli"
 
     def _runs(self, model: Any) -> Any:
-        same, most = self.translation.same, model.get_output_embeddings().weight.shape[0]
+        same, most = self.translation.same, output_size(model)
         tokenizer = self.translation.target.tokenizer
         never = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}  # a text does not begin twice
         common = sorted((mine, theirs) for mine, theirs in same.items() if theirs < most and mine not in never)
@@ -202,7 +205,7 @@ class CommonTokens(CrossVocabDrafter):
             raise IncompatiblePairError("no token of the draft stands for the same text as one of the target's")
         ids = torch.tensor(common, dtype=torch.int64)
         twin = cut_head(model, ids[:, 1])
-        device = twin.get_output_embeddings().weight.device
+        device = output_device(twin)
         self._ids_R = ids[:, 0].to(device)
         self._draft_of = torch.zeros(int(ids[-1, 0]) + 1, dtype=torch.int64, device=device)
         self._draft_of[self._ids_R] = ids[:, 1].to(device)

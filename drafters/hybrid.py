@@ -67,6 +67,8 @@ class HybridDrafter(ModelRunner):
     is a point mass.
     """
 
+    quantizes = True  # passed on to the neural part
+
     def __init__(self, retrieval: Drafter, neural: Drafter, draft_cost: float = 0.2, probe_every: int = 24):
         if draft_cost < 0 or probe_every < 1:
             raise InputError(f"need draft_cost >= 0 and probe_every >= 1, not {draft_cost} and {probe_every}")
@@ -88,7 +90,7 @@ class HybridDrafter(ModelRunner):
         **options: Any,
     ) -> Drafter:
         # The embedded target is recognised by where it was loaded from.
-        first = resolve_drafter(retrieval, context, **dict(retrieval_options or {}))
+        first = resolve_drafter(retrieval, replace(context, quantize=None), **dict(retrieval_options or {}))
         return cls(first, resolve_drafter(neural, context, **dict(neural_options or {})), **options)
 
     @property

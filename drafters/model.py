@@ -22,7 +22,15 @@ from specdec.proposal import Draw, Proposal
 from specdec.runtime.choose import open_backend
 from specdec.runtime.session import Session, Steps
 from specdec.tree import TokenTree
-from specdec.vocabulary import DraftVocabulary, always_included, count_tokens, cut_head, most_frequent
+from specdec.vocabulary import (
+    DraftVocabulary,
+    always_included,
+    count_tokens,
+    cut_head,
+    most_frequent,
+    output_device,
+    output_size,
+)
 
 Vocabulary = DraftVocabulary | Tensor | Sequence[int] | str | Path
 
@@ -52,17 +60,18 @@ class ModelDrafter(ModelRunner):
     draws = frozenset(Draw)
     trees = True
     trusted = True
+    quantizes = True
     _ids_R: Tensor | None = None  # of a draft vocabulary
 
     def __init__(self, model: Any, backend: str | None = None, vocabulary: Vocabulary | None = None):
         self.model = model
-        self._vocab_size = model.get_output_embeddings().weight.shape[0]
+        self._vocab_size = output_size(model)
         self.vocabulary = None if vocabulary is None else _resolved(vocabulary).including(always_included(None, model))
         runs, self._ids_R = model, None
         if self.vocabulary is not None:
             self.vocabulary.check(self._vocab_size, "the draft model")
             runs = cut_head(model, self.vocabulary.ids_R)
-            self._ids_R = self.vocabulary.ids_R.to(runs.get_output_embeddings().weight.device)
+            self._ids_R = self.vocabulary.ids_R.to(output_device(runs))
         self._backend = open_backend(runs, backend)
 
     @classmethod
@@ -71,7 +80,7 @@ class ModelDrafter(ModelRunner):
             raise InputError(
                 "the model drafter needs weights: pass a folder or hub id, as in drafter='org/small-model'"
             )
-        model = load_model(context.source, device=context.device, dtype=context.dtype)
+        model = load_model(context.source, device=context.device, dtype=context.dtype, quantize=context.quantize)
         vocabulary, data = options.pop("vocabulary", None), options.pop("vocabulary_data", None)
         if vocabulary is not None:
             vocabulary = _built(vocabulary, data, context)
@@ -140,9 +149,9 @@ def _built(vocabulary: Any, data: Any, context: BuildContext) -> DraftVocabulary
     if isinstance(vocabulary, int) and data is not None:
         from specdec.train.data import encode, read_texts  # seldom needed, and slow to import
 
-        size = context.target.get_output_embeddings().weight.shape[0]
+        size = output_size(context.target)
         counts_V = count_tokens(encode(read_texts(Path(data)), context.tokenizer), size)
         return most_frequent(counts_V, vocabulary, always)
     found = _resolved(vocabulary).including(always)
-    found.check(context.target.get_output_embeddings().weight.shape[0], "the target")
+    found.check(output_size(context.target), "the target")
     return found

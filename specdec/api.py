@@ -310,6 +310,8 @@ def load(
     allow_lossy: bool = False,
     prefix_cache: int | None = None,
     memory_budget: int | None = None,
+    quantize: Any = None,
+    draft_quantize: Any = None,
     trust_remote_code: bool = False,
     drafter_options: Mapping[str, Any] | None = None,
     **model_options: Any,
@@ -319,11 +321,14 @@ def load(
     `target`: hub id, local folder or loaded model; None is the embedded pair's target. `drafter`: a plugin's name
     (`model`, `ngram`, …), hub id, folder, loaded model, `Drafter`, or None for plain decoding. `dtype`: None is float32
     on CPU and the checkpoint's own elsewhere; "auto" is the faster of the two here, by a short measurement whose
-    outcome is in `decoder.dtype_reason`. `backend`, `numerics`: see `open_backend`. `model_options` go to
+    outcome is in `decoder.dtype_reason`. `backend`, `numerics`: see `open_backend`. `quantize`, `draft_quantize`: how
+    the weights of target and draft are stored, by a format ("mxfp6_e2m3", "int4-g64"), a named recipe ("w4a16"), a
+    file, a dictionary or a `Recipe`; folders that `specdec quantize` wrote need neither. `model_options` go to
     `from_pretrained` (`device_map`, `quantization_config`, …). Remote code runs only with trust_remote_code=True;
     weights are read from safetensors.
 
-    Lossless: yes, unless allow_lossy=True admits a lossy verifier.
+    Lossless: yes, unless allow_lossy=True admits a lossy verifier. A quantised target is another model than the
+    full-precision one; its texts are its own plain ones.
     """
     source, reason = None, None
     if target is None:
@@ -333,7 +338,14 @@ def load(
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
         if dtype == "auto":
             dtype, reason = fastest_dtype(stored_dtype(source, trust_remote_code), device)
-        target = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **model_options)
+        target = load_model(
+            source, device=device, dtype=dtype, quantize=quantize, trust_remote_code=trust_remote_code, **model_options
+        )
+    elif quantize is not None:
+        raise InputError(
+            "the target is a model that is loaded already: load it with quantization_config=specdec.QuantConfig(...), "
+            "or give its folder or hub id"
+        )
     context = BuildContext(
         target,
         tokenizer,
@@ -341,6 +353,7 @@ def load(
         dtype=target.dtype,
         backend=backend,
         target_source=source,
+        quantize=draft_quantize,
     )
     drafter = resolve_drafter(drafter, context, **dict(drafter_options or {}))
     decoder = SpeculativeDecoder(

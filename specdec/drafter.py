@@ -58,7 +58,8 @@ class Outcome:
 class BuildContext:
     """What a drafter named by the user is built from: `source` is a folder or hub id of weights, when one was given.
 
-    `target_source`: where the target was loaded from, if it was.
+    `target_source`: where the target was loaded from, if it was. What `quantize` asks for is honoured by drafters that
+    say so (`quantizes`), and refused for all others.
     """
 
     target: Any
@@ -68,6 +69,7 @@ class BuildContext:
     dtype: Any = None
     backend: str | None = None  # how its own models should run; None: the best that there is
     target_source: str | None = None
+    quantize: Any = None  # a recipe, or the name of one or of a format, for the weights of its own models
 
 
 #: How a session that holds a prompt gets its keys and values.
@@ -90,6 +92,8 @@ class Drafter(ABC):
     #: Hidden states of the target that it reads in `request.features`, by their index in `transformers`'
     #: `hidden_states`: 0 the embeddings, i the input of layer i, the number of layers the last, after the final norm.
     hidden: tuple[int, ...] = ()
+    #: Whether `build` loads a whole model, whose weights are then stored as `context.quantize` says.
+    quantizes: ClassVar[bool] = False
     #: Whether it drafts on the target's own slots, see `target_backend`.
     shares_target: ClassVar[bool] = False
 

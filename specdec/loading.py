@@ -16,6 +16,8 @@ from transformers.utils import cached_file
 from specdec import registry
 from specdec.drafter import BuildContext, Drafter
 from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelError
+from specdec.quant.hf import METHOD, QuantConfig, is_ours
+from specdec.quant.recipe import Recipe
 
 EMBEDDED = Path(__file__).parent / "pair"
 # Where a drafter's own configuration says what it is.
@@ -53,14 +55,56 @@ def stored_dtype(source: str | Path, trust_remote_code: bool = False) -> torch.d
     return named if isinstance(named, torch.dtype) else torch.float32
 
 
-def load_model(
-    source: str | Path, *, device: Any = None, dtype: Any = None, trust_remote_code: bool = False, **kwargs: Any
-) -> PreTrainedModel:
-    """A causal LM from a folder or hub id, in evaluation mode.
+def quantisation_of(source: str | Path, trust_remote_code: bool = False) -> dict[str, Any] | None:
+    """What the configuration of a model says of stored weights, ours or another library's; None for full weights."""
+    try:
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):  # loading the model says what is wrong
+        return None
+    found = getattr(config, "quantization_config", None)
+    return dict(found) if found is not None else None
 
-    Raises `UnsupportedModelError` for weights that are pickled, damaged or incomplete.
+
+def _quantisation(source: str | Path, quantize: Any, trust_remote_code: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained` for weights that are, or are to be, stored in fewer bits."""
+    if quantize is None and "device_map" not in kwargs:
+        return {}
+    found = quantisation_of(source, trust_remote_code)
+    ours = found is not None and found.get("quant_method") == METHOD
+    # Stored weights are buffers, which accelerate leaves in memory unless told not to.
+    more = {"offload_buffers": True} if "device_map" in kwargs and (ours or quantize is not None) else {}
+    if quantize is None:
+        return more
+    if kwargs.get("quantization_config") is not None:
+        raise InputError("quantize= and quantization_config= say the same in two ways; give one of them")
+    recipe = Recipe.of(quantize)
+    if found is None:
+        return {**more, "quantization_config": QuantConfig(recipe)}
+    if ours and QuantConfig.from_dict(found).recipe == recipe:
+        return more
+    name = QuantConfig.from_dict(found).recipe.name if ours else found.get("quant_method", "another library")
+    raise InputError(
+        f"the weights of {source} are stored already ({name or 'by a recipe of its own'}): leave quantize out, or "
+        "start from the full-precision model"
+    )
+
+
+def load_model(
+    source: str | Path,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    quantize: Any = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A causal LM from a folder or hub id, in evaluation mode. `quantize`: whatever `Recipe.of` takes.
+
+    Raises `UnsupportedModelError` for weights that are pickled, damaged or incomplete, and for stored weights of a
+    library that is not installed.
     """
     device = torch.device(device) if device is not None else default_device()
+    kwargs = {**_quantisation(source, quantize, trust_remote_code, kwargs), **kwargs}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(source),
@@ -70,7 +114,7 @@ def load_model(
             output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         folder = Path(source)
         pickled = any(path.suffix in (".bin", ".pt", ".pth") for path in folder.glob("*"))
         if pickled and not any(folder.glob("*.safetensors")):
@@ -81,7 +125,7 @@ def load_model(
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(f"cannot load a model from {source}: {first}") from error
     missing = sorted(report["missing_keys"])
-    if missing and getattr(model, "hf_quantizer", None) is None:
+    if missing and (getattr(model, "hf_quantizer", None) is None or is_ours(model)):
         # transformers would go on with random values in their place.
         raise UnsupportedModelError(
             f"cannot load a model from {source}: its files lack {len(missing)} of the weights, for example {missing[0]}"
@@ -183,6 +227,11 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
     Weights may be those of a whole model, or of a head in any layout that a drafter recognises. Raises `InputError` for
     options of a drafter that is made already.
     """
+    made = "made" if isinstance(drafter, Drafter) else "loaded" if isinstance(drafter, torch.nn.Module) else None
+    if made and context.quantize is not None:
+        raise InputError(
+            f"the draft is {made} already: load its model with quantization_config=specdec.QuantConfig(...), or name it"
+        )
     if isinstance(drafter, Drafter):
         if options:
             raise InputError(
@@ -206,6 +255,11 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
     else:
         registry.find("drafter", name)  # raises, with the nearest names
         raise AssertionError("unreachable")
+    if context.quantize is not None and not plugin.quantizes:
+        raise InputError(
+            f"the {name} drafter loads no whole model whose weights could be stored in fewer bits; leave "
+            "draft_quantize (--draft-quantize) out, or let a model draft"
+        )
     if source is not None:
         check_same_tokenizer(context.tokenizer, load_tokenizer(source), source)
     built: Drafter = plugin.build(replace(context, source=source), **options)

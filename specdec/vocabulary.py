@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from specdec.dtypes import dtype_name
 from specdec.errors import InputError, UnsupportedModelError
+from specdec.quant.linear import PackedLinear
 
 #: What the tensor in a file is called: the target's id of each column, absolute (EAGLE's `d2t` holds offsets).
 TENSOR = "d2t_absolute"
@@ -116,25 +118,45 @@ def always_included(tokenizer: Any = None, *models: Any) -> set[int]:
     return {int(token) for token in ids if token is not None}
 
 
+def output_size(model: Any) -> int:
+    """Rows of a causal LM's output head: the tokens that it knows, paddings included."""
+    head = model.get_output_embeddings()
+    return int(head.out_features if isinstance(head, PackedLinear) else head.weight.shape[0])
+
+
+def output_device(model: Any) -> torch.device:
+    """Where the head's logits come from."""
+    head = model.get_output_embeddings()
+    return next(chain(head.parameters(), head.buffers())).device
+
+
 def cut_head(model: Any, rows_R: Tensor) -> Any:
     """A shallow copy of a causal LM whose logits are those of `rows_R` alone, in that order: `[..., R]`.
 
     Shares every tensor with the model but the head's rows, which are copied; input embeddings stay whole, also where
-    the head was tied to them. The model itself is not changed. `UnsupportedModelError` where the head is no plain
-    linear layer.
+    the head was tied to them. The model itself is not changed. `UnsupportedModelError` where the head is no linear
+    layer, plain or with stored weights.
     """
     head = model.get_output_embeddings()
+    if isinstance(head, PackedLinear):
+        twin = _shared(model)
+        twin.set_output_embeddings(head.rows(rows_R))
+        return twin
     if type(head) is not nn.Linear:
         kind = "none" if head is None else type(head).__name__
         raise UnsupportedModelError(
             f"{type(model).__name__} has an output head ({kind}) that cannot be cut to a draft vocabulary; leave "
             "vocabulary out"
         )
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    twin = _shared(model)
     rows = rows_R.to(head.weight.device)
     narrow = nn.Linear(head.in_features, len(rows), bias=head.bias is not None, device="meta")
     narrow.weight = nn.Parameter(head.weight.detach()[rows].clone(), requires_grad=False)
     if head.bias is not None:
         narrow.bias = nn.Parameter(head.bias.detach()[rows].clone(), requires_grad=False)
     twin.set_output_embeddings(narrow)
-    return twin.eval()
+    return twin
+
+
+def _shared(model: Any) -> Any:
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}).eval()

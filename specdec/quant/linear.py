@@ -68,6 +68,14 @@ class PackedLinear(nn.Module):
         """The weights `[N, K]` that this layer multiplies with."""
         return self.format.unpack(self.parts, dtype)
 
+    def rows(self, ids_R: Tensor) -> PackedLinear:
+        """A layer of these outputs alone, in this order: every format keeps an output's weights in a row of its own."""
+        ids_R = ids_R.to(next(self.buffers()).device)
+        bias = None if self.bias is None else self.bias.detach()[ids_R]
+        return PackedLinear(
+            self.format, self.in_features, len(ids_R), bias, {n: t[ids_R] for n, t in self.parts.items()}
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         """What `to` and its kind do: stored tensors move along, and keep the dtype that their format gives them."""
         before = self.parts

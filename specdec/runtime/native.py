@@ -18,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from specdec.dtypes import dtype_name
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.kernels import ops
+from specdec.kernels import ops, packed
+from specdec.quant.hf import is_ours
+from specdec.quant.linear import PackedLinear
 from specdec.runtime.cache import layer_types
 
 ATTENTION = "specdec"
@@ -114,33 +116,29 @@ class NativeCall:
         self.handle, self.windows, self.kernels = handle, windows, kernels
 
 
-def with_products(model: Any, product: Callable[[Tensor, Tensor | None], nn.Module]) -> tuple[Any, int]:
-    """A copy of a model that shares every tensor with it, but has `product(weight_NK, bias_N)` in place of each linear
-    layer; and how many it has."""
+def with_layers(model: Any, make: Callable[[str, nn.Module], nn.Module | None]) -> Any:
+    """A copy of a model that shares every tensor with it, but has `make(name, layer)` in place of each layer for which
+    that is not None."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin, count = copy.deepcopy(model, shared), 0
-    for module in list(twin.modules()):
-        for name, child in list(module.named_children()):
-            weight = child.weight if type(child) is nn.Linear else None
-            if type(child) is Conv1D:  # stores the transpose: this one is a copy
-                weight = nn.Parameter(child.weight.detach().t().contiguous(), requires_grad=False)
-            if weight is not None:
-                setattr(module, name, product(weight, child.bias))
-                count += 1
-    return twin, count
+    twin = copy.deepcopy(model, shared)
+    for name, layer in list(twin.named_modules()):
+        made = make(name, layer) if name else None
+        if made is not None:
+            twin.set_submodule(name, made)
+    return twin
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether it has weights that go through stock products."""
+    if isinstance(module, PackedLinear):
+        return not packed.invariant(next(iter(module.parts.values())).device, module.format)
+    known = isinstance(module, (NativeLinear, nn.Embedding))
+    return not known and any(p.ndim >= 2 and p.is_floating_point() for p in module.parameters(recurse=False))
 
 
 def _stock_products(modules: Iterable[nn.Module]) -> list[str]:
     """Kinds of layers whose weights go through stock products still."""
-    known = (NativeLinear, nn.Embedding)
-    return sorted(
-        {
-            type(module).__name__
-            for module in modules
-            if not isinstance(module, known)
-            and any(p.ndim >= 2 and p.is_floating_point() for p in module.parameters(recurse=False))
-        }
-    )
+    return sorted({type(module).__name__ for module in modules if _is_stock(module)})
 
 
 class NativeModel(nn.Module):
@@ -167,7 +165,15 @@ class NativeModel(nn.Module):
 
     @staticmethod
     def _copy(model: Any, kernels: Kernels) -> Any:
-        twin, _ = with_products(model, lambda weight, bias: NativeLinear(weight, bias, kernels))
+        def native(name: str, layer: nn.Module) -> nn.Module | None:
+            if type(layer) is nn.Linear:
+                return NativeLinear(layer.weight, layer.bias, kernels)
+            if type(layer) is Conv1D:  # stores the transpose: this one is a copy
+                weight = nn.Parameter(layer.weight.detach().t().contiguous(), requires_grad=False)
+                return NativeLinear(weight, layer.bias, kernels)
+            return None  # packed layers have products of their own
+
+        twin = with_layers(model, native)
         configs = {id(m.config): m.config for m in twin.modules() if hasattr(m, "config")}
         for config in configs.values():
             config._attn_implementation = ATTENTION
@@ -229,8 +235,8 @@ def is_spread(model: Any) -> bool:
 
 def obstacle(model: Any) -> str | None:
     """What in the model itself keeps other kernels out, in one line; None when nothing does."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        return "the model's weights are quantised"
+    if getattr(model, "hf_quantizer", None) is not None and not is_ours(model):
+        return "the model's weights are quantised by another library"
     if is_spread(model):
         return "the model's layers are spread out by accelerate hooks"
     return None

@@ -1,11 +1,7 @@
-"""A model with quantised weights, for drafts: a copy of a loaded one that shares all but its products.
-
-Shape suffixes: M rows, K inputs, N outputs.
-"""
+"""A model whose weights are stored in fewer bits, to draft with: a copy of a loaded one that shares all but those."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -13,94 +9,62 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.runtime.native import is_spread, with_products
+from specdec.quant.format import Format
+from specdec.quant.hf import is_ours, packed_layers
+from specdec.quant.layers import candidates, linear_shape, weight_of
+from specdec.quant.linear import PackedLinear
+from specdec.quant.recipe import Recipe
+from specdec.runtime.native import is_spread, with_layers
 from specdec.runtime.shared import DerivedModel
 
-# Up to so many rows a product of one row each is faster than one that packs the weights anew for all.
-_ROWS_ALONE = 4
+
+def _formats(model: Any, recipe: Recipe) -> dict[str, Format]:
+    """Of each layer that the recipe stores; layers that are stored already count as what they stand for."""
+    stored = dict(packed_layers(model))
+    if not stored:
+        return recipe.assign(candidates(model))
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in stored.items()}
+    shapes.update({n: shape for n, m in model.named_modules() if (shape := linear_shape(m)) is not None})
+    output = model.get_output_embeddings()
+    return recipe.assign(shapes, next((name for name in shapes if model.get_submodule(name) is output), None))
 
 
-class Scheme(ABC):
-    """How a draft's weights are stored and multiplied."""
-
-    @abstractmethod
-    def obstacle(self, device: torch.device) -> str | None:
-        """Why its products do not run on this device, in one line; None when they do."""
-
-    @abstractmethod
-    def product(self, weight_NK: Tensor, bias_N: Tensor | None) -> nn.Module:
-        """What stands in for a linear layer: `[..., K]` to `[..., N]`, in the dtype of its input."""
+def _rounded(name: str, layer: Any, format: Format) -> PackedLinear:
+    weight = layer.weight_in(torch.float32) if isinstance(layer, PackedLinear) else weight_of(layer)
+    try:
+        return PackedLinear.of(weight, layer.bias, format)
+    except InputError as error:
+        raise InputError(f"{name}.weight cannot be stored as {format.name}: {error}") from error
 
 
-def int8_product(rows_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """`rows [M, K]` times the transpose of `weight [N, K]`, both int8: int32 `[M, N]`, exact."""
-    weight_KN = weight_NK.t()
-    if torch.compiler.is_compiling() or not 1 < len(rows_MK) <= _ROWS_ALONE:
-        return torch._int_mm(rows_MK, weight_KN)
-    return torch.cat([torch._int_mm(row[None], weight_KN) for row in rows_MK])
-
-
-class Int8Linear(nn.Module):
-    """int8 weights with one scale per output; activations are rounded to int8 with one scale per row."""
-
-    weight: Tensor  # int8 [N, K]
-    scale_N: Tensor  # float32
-
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None):
-        super().__init__()
-        scale = (weight_NK.detach().abs().amax(1).float() / 127).clamp_min(1e-12)
-        rounded = (weight_NK.detach().float() / scale[:, None]).round().to(torch.int8)
-        self.register_buffer("weight", rounded)
-        self.register_buffer("scale_N", scale)
-        self.bias = bias_N
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        scale_M1 = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
-        product = int8_product((rows / scale_M1).round().to(torch.int8), self.weight)
-        out = (product * scale_M1 * self.scale_N).to(x.dtype).reshape(*x.shape[:-1], -1)
-        return out if self.bias is None else out + self.bias
-
-
-class _Int8(Scheme):
-    def obstacle(self, device: torch.device) -> str | None:
-        rows = torch.arange(-16, 16, device=device).reshape(1, 32).to(torch.int8)
-        try:
-            found = int8_product(rows, rows.expand(16, 32).contiguous())
-        except (RuntimeError, NotImplementedError) as error:
-            return f"torch has no int8 product of a few rows on {device.type} ({str(error).splitlines()[0]})"
-        exact = int((rows.long() ** 2).sum())
-        return None if bool((found == exact).all()) else f"torch's int8 product on {device.type} is wrong"
-
-    def product(self, weight_NK: Tensor, bias_N: Tensor | None) -> nn.Module:
-        return Int8Linear(weight_NK, bias_N)
-
-
-#: Schemes by name, for `scheme=`.
-SCHEMES: dict[str, Scheme] = {"int8": _Int8()}
-
-
-def register_scheme(name: str, scheme: Scheme) -> None:
-    """Make `scheme=name` known. `InputError` when the name is taken."""
-    if SCHEMES.setdefault(name, scheme) is not scheme:
-        raise InputError(f"there is a scheme {name!r} already; choose another name")
+def _empty(layer: Any, format: Format) -> PackedLinear:
+    if isinstance(layer, PackedLinear):
+        N, K, device = layer.out_features, layer.in_features, next(layer.buffers()).device
+    else:
+        (N, K), device = weight_of(layer).shape, layer.weight.device
+    return PackedLinear(format, K, N, layer.bias, device=device)
 
 
 class QuantisedModel(DerivedModel):
-    """A copy of a model with other products in its linear layers and its head.
+    """A copy of a model whose linear layers are stored as a recipe says; all else is shared with it.
 
-    Embeddings, norms, biases and layers that are no linear layers (such as experts in one tensor) are shared with it.
+    Embeddings, norms, biases and layers that are no linear layers (such as experts in one tensor) stay as they are.
+    `empty`: nothing is rounded, and nothing is in the layers.
     """
 
-    def __init__(self, model: Any, scheme: str):
-        inner, count = with_products(model, SCHEMES[scheme].product)
-        if not count:
-            raise UnsupportedModelError(f"{type(model).__name__} has no linear layers whose weights could be quantised")
-        super().__init__(model, inner, {"scheme": scheme})
+    def __init__(self, model: Any, recipe: Recipe, empty: bool = False):
+        formats = _formats(model, recipe)
+
+        def made(name: str, layer: nn.Module) -> nn.Module | None:
+            if name not in formats:
+                return None
+            return _empty(layer, formats[name]) if empty else _rounded(name, layer, formats[name])
+
+        super().__init__(model, with_layers(model, made), {"scheme": recipe.to_dict()})
 
     @classmethod
     def derive(cls, model: Any, **options: Any) -> Self:
-        return cls(model, **options)
+        return cls(model, Recipe.of(options["scheme"]), empty=True)
 
     def forward(self, *, logits_to_keep: int | Tensor = 0, output_hidden_states: bool = False, **given: Any) -> Any:
         return self.inner(logits_to_keep=logits_to_keep, **given)
@@ -108,24 +72,40 @@ class QuantisedModel(DerivedModel):
     @property
     def num_weight_bytes(self) -> int:
         """Bytes that a step of one row reads of the replaced layers."""
-        return sum(b.nbytes for m in self.inner.modules() if isinstance(m, Int8Linear) for b in m.buffers())
+        return sum(layer.num_bytes for _, layer in packed_layers(self.inner))
 
 
-def quantised(model: Any, scheme: str) -> QuantisedModel:
-    """`InputError` for an unknown scheme, `UnsupportedModelError` where it cannot run, with the reason."""
-    if scheme not in SCHEMES:
-        raise InputError(f"no scheme is called {scheme!r}; there are: {', '.join(sorted(SCHEMES))}")
-    name = type(model).__name__
-    if getattr(model, "hf_quantizer", None) is not None:
+def quantised(model: Any, scheme: Any) -> QuantisedModel:
+    """`scheme`: a format, or whatever `Recipe.of` takes; weights are rounded to nearest.
+
+    `InputError` for an unknown scheme, `UnsupportedModelError` where it cannot draft, with the reason.
+    """
+    recipe, name = Recipe.of(scheme), type(model).__name__
+    if recipe.method != "rtn":
+        raise InputError(
+            f"{recipe.method} looks at activations on a text, and a scheme rounds to nearest: make the draft with "
+            "specdec quantize, and let its folder draft"
+        )
+    if getattr(model, "hf_quantizer", None) is not None and not is_ours(model):
         raise UnsupportedModelError(
-            f"the weights of {name} are quantised already: a second rounding would draft no faster; use another drafter"
+            f"the weights of {name} are stored by another library, in a way that is not known here: use another drafter"
         )
     if is_spread(model):
         raise UnsupportedModelError(
             f"the layers of {name} are spread out by accelerate hooks, which a copy would not obey; load it on one "
             "device, or use another drafter"
         )
-    reason = SCHEMES[scheme].obstacle(next(model.parameters()).device)
-    if reason:
-        raise UnsupportedModelError(f"{name} cannot draft with {scheme} weights here: {reason}; use another drafter")
-    return QuantisedModel(model, scheme)
+    draft = QuantisedModel(model, recipe)
+    before = _bytes(model)
+    if packed_layers(model) and _bytes(draft.inner) >= before:
+        raise UnsupportedModelError(
+            f"the weights of {name} take {before:,} bytes as they are, and would take no fewer as "
+            f"{recipe.name or 'the scheme'} says: such a draft costs as much as the target; choose a smaller format"
+        )
+    return draft
+
+
+def _bytes(model: Any) -> int:
+    """Of linear layers, stored or not."""
+    plain = [m for m in model.modules() if linear_shape(m) is not None]
+    return sum(layer.num_bytes for _, layer in packed_layers(model)) + sum(weight_of(m).nbytes for m in plain)

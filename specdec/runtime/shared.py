@@ -26,6 +26,7 @@ from specdec.errors import InputError, UnsupportedModelError
 from specdec.growth import Grown, grow
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
+from specdec.quant.hf import empty_model
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
 from specdec.runtime.session import Session, Steps
 from specdec.tree import TokenTree
@@ -63,7 +64,8 @@ class DerivedModel(nn.Module):
 
     @classmethod
     @abstractmethod
-    def derive(cls, model: Any, **options: Any) -> Self: ...
+    def derive(cls, model: Any, **options: Any) -> Self:
+        """Of a model whose weights mean nothing: what is made has the right shapes, and no values are looked at."""
 
     @classmethod
     def _from_config(cls, config: Any, dtype: torch.dtype) -> Self:
@@ -74,7 +76,7 @@ class DerivedModel(nn.Module):
         kind = getattr(importlib.import_module(origin["module"]), origin["name"])
         plain = copy.deepcopy(config)
         delattr(plain, _ORIGIN)
-        return cls.derive(kind._from_config(plain, dtype=dtype).eval(), **origin["options"])
+        return cls.derive(empty_model(kind, plain, dtype), **origin["options"])
 
     @property
     def dtype(self) -> torch.dtype:

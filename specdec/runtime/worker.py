@@ -16,9 +16,10 @@ import torch
 
 from specdec.dtypes import dtype_name
 from specdec.kernels import ops
+from specdec.quant.hf import empty_model
 from specdec.runtime import graph
 from specdec.runtime.native import NativeModel
-from specdec.vocabulary import cut_head
+from specdec.vocabulary import cut_head, output_size
 
 
 class Worker:
@@ -33,7 +34,7 @@ class Worker:
             "config": inner.config.to_dict(),
             "dtype": dtype_name(inner.dtype),
             "hidden": model.hidden,
-            "head_rows": inner.get_output_embeddings().weight.shape[0],
+            "head_rows": output_size(inner),
             "dtypes": {name: dtype_name(tensor.dtype) for name, tensor in graph.tensors(model).items()},
             "fingerprint": graph.fingerprint(model),
         }
@@ -74,9 +75,8 @@ def main() -> None:
     kind = getattr(importlib.import_module(order["module"]), order["name"])
     config = kind.config_class.from_dict(order["config"])
     with no_init_weights():  # buffers have their values: small ones are written into the code
-        empty = kind._from_config(config, dtype=getattr(torch, order["dtype"]))
-    empty.eval()
-    if order["head_rows"] != empty.get_output_embeddings().weight.shape[0]:  # of a draft vocabulary
+        empty = empty_model(kind, config, getattr(torch, order["dtype"]))
+    if order["head_rows"] != output_size(empty):  # of a draft vocabulary
         empty = cut_head(empty, torch.arange(order["head_rows"]))
     model = NativeModel(empty, order["hidden"])
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):

@@ -14,6 +14,7 @@ from specdec.errors import InputError
 from specdec.quant.kv import kv_format
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult, stored_as
 from specdec.runtime.cache import SlotCache, check_rewindable, layer_types
+from specdec.vocabulary import output_size
 
 # Attention implementations that take a dense 4-D mask; flash kernels do not, and flex aborts on one.
 _DENSE_MASK = ("sdpa", "eager")
@@ -32,7 +33,7 @@ class EagerBackend(Backend):
         self._types = layer_types(self.config)
         context = getattr(self.config, "max_position_embeddings", None) or _NO_LIMIT
         self._capabilities = Capabilities(
-            vocab_size=model.get_output_embeddings().weight.shape[0],
+            vocab_size=output_size(model),
             context=context,
             device=next(model.parameters()).device,
             dtype=model.dtype,
