@@ -24,7 +24,7 @@ from specdec.history import History
 from specdec.loading import load_model, load_tokenizer
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
-from specdec.runtime.choose import open_backend
+from specdec.runtime.choose import open_draft_backend
 from specdec.runtime.session import Session, Steps
 from specdec.sampling import Sampling
 from specdec.spelling import Spelling, matches
@@ -126,9 +126,9 @@ class CrossVocabDrafter(ModelRunner):
     quantizes = True
     method: ClassVar[str]  # one of METHODS
 
-    def __init__(self, model: Any, translation: Translation, backend: str | None = None):
+    def __init__(self, model: Any, translation: Translation, backend: str | None = None, kv_cache: str | None = None):
         self.model, self.translation = model, translation
-        self._backend = open_backend(self._runs(model), backend)
+        self._backend = open_draft_backend(self._runs(model), backend, kv_cache)
 
     def _runs(self, model: Any) -> Any:
         """The model whose steps are taken."""
@@ -154,7 +154,7 @@ class CrossVocabDrafter(ModelRunner):
         texts = probe_texts(probe)
         if method is None:
             method = "tli" if translation.coverage(texts) >= MIN_COVERAGE else "retokenise"
-        options = {"backend": context.backend, **options}
+        options = {"backend": context.backend, "kv_cache": context.kv_cache, **options}
         if method == "tli":
             return CommonTokens(draft, translation, **options)
         return Retokenised(draft, translation, ratio=translation.ratio(texts), **options)
@@ -264,8 +264,15 @@ class Retokenised(CrossVocabDrafter):
     draws = frozenset({Draw.POINT})
     method = "retokenise"
 
-    def __init__(self, model: Any, translation: Translation, backend: str | None = None, ratio: float = 1.0):
-        super().__init__(model, translation, backend)
+    def __init__(
+        self,
+        model: Any,
+        translation: Translation,
+        backend: str | None = None,
+        kv_cache: str | None = None,
+        ratio: float = 1.0,
+    ):
+        super().__init__(model, translation, backend, kv_cache)
         if not 0 < ratio < math.inf:
             raise InputError(f"ratio is how many tokens of the draft stand for one of the target, not {ratio}")
         self.ratio = ratio

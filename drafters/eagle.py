@@ -26,7 +26,7 @@ from specdec.models.eagle import CONVENTIONS, OWN, EagleModel
 from specdec.models.eagle_build import build
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
-from specdec.runtime.choose import open_backend
+from specdec.runtime.choose import open_draft_backend
 from specdec.runtime.session import Session, Steps
 from specdec.transfer import to_device
 from specdec.tree import TokenTree
@@ -58,10 +58,10 @@ class EagleDrafter(ModelRunner):
     trees = True
     trusted = True
 
-    def __init__(self, head: EagleModel, backend: str | None = None):
+    def __init__(self, head: EagleModel, backend: str | None = None, kv_cache: str | None = None):
         self.head = head
         self.hidden = head.config.hidden
-        self._backend = open_backend(head, backend)
+        self._backend = open_draft_backend(head, backend, kv_cache)
         self._backend.expose((OWN,))
         ids_R = head.draft_ids
         #: None where the draft vocabulary is the target's.
@@ -86,7 +86,7 @@ class EagleDrafter(ModelRunner):
         head = build(config, tensors, context.target)
         if tested and context.tokenizer is not None and config.eagle_version == 3:
             warn_if_misread(head, context.target, context.tokenizer)
-        return cls(head, **{"backend": context.backend, **options})
+        return cls(head, **{"backend": context.backend, "kv_cache": context.kv_cache, **options})
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], folder: Path) -> bool:

@@ -19,7 +19,7 @@ from specdec.growth import Grown, grow
 from specdec.loading import load_model
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
-from specdec.runtime.choose import open_backend
+from specdec.runtime.choose import open_draft_backend
 from specdec.runtime.session import Session, Steps
 from specdec.tree import TokenTree
 from specdec.vocabulary import (
@@ -63,7 +63,13 @@ class ModelDrafter(ModelRunner):
     quantizes = True
     _ids_R: Tensor | None = None  # of a draft vocabulary
 
-    def __init__(self, model: Any, backend: str | None = None, vocabulary: Vocabulary | None = None):
+    def __init__(
+        self,
+        model: Any,
+        backend: str | None = None,
+        vocabulary: Vocabulary | None = None,
+        kv_cache: str | None = None,
+    ):
         self.model = model
         self._vocab_size = output_size(model)
         self.vocabulary = None if vocabulary is None else _resolved(vocabulary).including(always_included(None, model))
@@ -72,7 +78,7 @@ class ModelDrafter(ModelRunner):
             self.vocabulary.check(self._vocab_size, "the draft model")
             runs = cut_head(model, self.vocabulary.ids_R)
             self._ids_R = self.vocabulary.ids_R.to(output_device(runs))
-        self._backend = open_backend(runs, backend)
+        self._backend = open_draft_backend(runs, backend, kv_cache)
 
     @classmethod
     def build(cls, context: BuildContext, **options: Any) -> Drafter:
@@ -86,7 +92,8 @@ class ModelDrafter(ModelRunner):
             vocabulary = _built(vocabulary, data, context)
         elif data is not None:
             raise InputError("vocabulary_data is what a number of tokens is chosen from: give vocabulary=N too")
-        return cls(model, **{"backend": context.backend, "vocabulary": vocabulary, **options})
+        inherited = {"backend": context.backend, "kv_cache": context.kv_cache}
+        return cls(model, **{**inherited, "vocabulary": vocabulary, **options})
 
     @property
     def name(self) -> str:

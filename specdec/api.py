@@ -38,6 +38,8 @@ class SpeculativeDecoder:
     `allow_lossy` is needed for verifiers that change the distribution. `prefix_cache`: bytes in which prefilled prompts
     are kept for prompts that begin alike (None: a few hundred MiB at most; 0: none). `memory_budget`: bytes that all
     keys and values may take, target's, draft's and kept prompts'; a text that cannot fit is refused before it starts.
+    `kv_cache`: "int8" or "mxfp8" stores keys and values in a byte each (`specdec.quant.kv`), the draft's too where it
+    can; None as they are computed.
 
     Lossless: yes, unless a lossy verifier was allowed; then `stats.lossless` is False.
     Raises `InputError` (a `ValueError`) and its kinds before any work when something does not fit.
@@ -56,15 +58,23 @@ class SpeculativeDecoder:
         allow_lossy: bool = False,
         prefix_cache: int | None = None,
         memory_budget: int | None = None,
+        kv_cache: str | None = None,
     ):
         self.target = target
         self.dtype_reason: str | None = None  # why dtype="auto" chose what it chose
         self.tokenizer = tokenizer
-        self.backend = open_backend(target, backend, numerics)
+        self.backend = open_backend(target, backend, numerics, kv_cache)
         capabilities = self.backend.capabilities
         self.drafter = resolve_drafter(
             drafter,
-            BuildContext(target, tokenizer, device=capabilities.device, dtype=capabilities.dtype, backend=backend),
+            BuildContext(
+                target,
+                tokenizer,
+                device=capabilities.device,
+                dtype=capabilities.dtype,
+                backend=backend,
+                kv_cache=kv_cache,
+            ),
         )
         self.backend = self.drafter.target_backend(self.backend, target)
         self.verifier: Verifier = registry.create("verifier", verifier or "coupled")
@@ -310,6 +320,7 @@ def load(
     allow_lossy: bool = False,
     prefix_cache: int | None = None,
     memory_budget: int | None = None,
+    kv_cache: str | None = None,
     quantize: Any = None,
     draft_quantize: Any = None,
     trust_remote_code: bool = False,
@@ -321,9 +332,9 @@ def load(
     `target`: hub id, local folder or loaded model; None is the embedded pair's target. `drafter`: a plugin's name
     (`model`, `ngram`, …), hub id, folder, loaded model, `Drafter`, or None for plain decoding. `dtype`: None is float32
     on CPU and the checkpoint's own elsewhere; "auto" is the faster of the two here, by a short measurement whose
-    outcome is in `decoder.dtype_reason`. `backend`, `numerics`: see `open_backend`. `quantize`, `draft_quantize`: how
-    the weights of target and draft are stored, by a format ("mxfp6_e2m3", "int4-g64"), a named recipe ("w4a16"), a
-    file, a dictionary or a `Recipe`; folders that `specdec quantize` wrote need neither. `model_options` go to
+    outcome is in `decoder.dtype_reason`. `backend`, `numerics`, `kv_cache`: see `open_backend`. `quantize`,
+    `draft_quantize`: how the weights of target and draft are stored, by a format ("mxfp6_e2m3", "int4-g64"), a named
+    recipe ("w4a16"), a file, a dictionary or a `Recipe`; folders that `specdec quantize` wrote need neither. `model_options` go to
     `from_pretrained` (`device_map`, `quantization_config`, …). Remote code runs only with trust_remote_code=True;
     weights are read from safetensors.
 
@@ -353,6 +364,7 @@ def load(
         dtype=target.dtype,
         backend=backend,
         target_source=source,
+        kv_cache=kv_cache,
         quantize=draft_quantize,
     )
     drafter = resolve_drafter(drafter, context, **dict(drafter_options or {}))
@@ -367,6 +379,7 @@ def load(
         allow_lossy=allow_lossy,
         prefix_cache=prefix_cache,
         memory_budget=memory_budget,
+        kv_cache=kv_cache,
     )
     decoder.dtype_reason = reason
     return decoder

@@ -69,6 +69,7 @@ class BuildContext:
     dtype: Any = None
     backend: str | None = None  # how its own models should run; None: the best that there is
     target_source: str | None = None
+    kv_cache: str | None = None  # how the target stores keys and values; its own models do so too where they can
     quantize: Any = None  # a recipe, or the name of one or of a format, for the weights of its own models
 
 

@@ -240,7 +240,8 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
             )
         return drafter
     if isinstance(drafter, torch.nn.Module):
-        wrapped: Drafter = registry.find("drafter", _MODEL)(drafter, **{"backend": context.backend, **options})
+        inherited = {"backend": context.backend, "kv_cache": context.kv_cache}
+        wrapped: Drafter = registry.find("drafter", _MODEL)(drafter, **{**inherited, **options})
         return wrapped
     if drafter is None:
         drafter = "none"

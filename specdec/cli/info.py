@@ -66,6 +66,30 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     }
 
 
+def kv_bytes(name: str, arguments: argparse.Namespace, dtype: Any, drafts: bool) -> int | None:
+    """Bytes of keys and values that a token takes, by the model's configuration; None where that does not tell.
+
+    Raises `UnsupportedModelError` when a target's heads do not fit `--kv-cache`; a draft goes without.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from specdec.errors import UnsupportedModelError
+    from specdec.quant.kv import bytes_per_token
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+    except (OSError, ValueError):  # a head, or a kind of model that transformers does not know
+        return None
+    computed = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None) or torch.float32
+    try:
+        return bytes_per_token(config, computed, arguments.kv_cache)
+    except UnsupportedModelError as error:
+        if drafts:
+            return bytes_per_token(config, computed)
+        raise UnsupportedModelError(f"{name}: {error}") from error
+
+
 def describe_model(name: str, trust_remote_code: bool) -> dict[str, Any]:
     """A folder is read; a hub id is loaded."""
     if Path(name).is_dir():
@@ -106,7 +130,9 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from specdec import registry
     from specdec.loading import EMBEDDED, choose_dtype, default_device
+    from specdec.quant.kv import kv_format
 
+    kv_format(arguments.kv_cache)
     if arguments.threads is not None:
         torch.set_num_threads(max(1, arguments.threads))
     device = options.checked_device(arguments.device) or default_device()
@@ -114,18 +140,24 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     models: dict[str, Any] = {}
     for part in ("target", "draft"):
         folder = EMBEDDED / part
-        models[f"embedded {part}"] = describe_folder(folder) if folder.is_dir() else None
+        found = describe_folder(folder) if folder.is_dir() else None
+        if found is not None:
+            found["kv_bytes_per_token"] = kv_bytes(str(folder), arguments, dtype, part == "draft")
+        models[f"embedded {part}"] = found
     if arguments.target is not None:
         models[arguments.target] = describe_model(arguments.target, arguments.trust_remote_code)
+        models[arguments.target]["kv_bytes_per_token"] = kv_bytes(arguments.target, arguments, dtype, drafts=False)
     drafter = arguments.drafter
     if drafter is not None and (Path(drafter).is_dir() or "/" in drafter):
         models[drafter] = describe_model(drafter, arguments.trust_remote_code)
+        models[drafter]["kv_bytes_per_token"] = kv_bytes(drafter, arguments, dtype, drafts=True)
     elif drafter is not None:
         registry.find("drafter", drafter)
     return {
         "versions": screen.versions(),
         "device": screen.device_name(device),
         "dtype": dtype if isinstance(dtype, str) else dtype_name(dtype),
+        "kv_cache": arguments.kv_cache,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "models": models,
@@ -142,11 +174,12 @@ def _show(found: dict[str, Any]) -> None:
     out.print(f"\n{versions}")
     out.print(
         f"[bold]device[/] {found['device']}  [bold]dtype[/] {dtype}  "
+        f"[bold]keys and values[/] {found['kv_cache'] or 'as computed'}  "
         f"[bold]threads[/] {found['threads']} of {found['cores']} cores\n"
     )
     models = Table(title="Models", title_justify="left", box=None, pad_edge=False, header_style="dim")
     models.add_column("")
-    for head in ("parameters", "on disk", "layers", "width", "vocabulary", "context"):
+    for head in ("parameters", "on disk", "layers", "width", "vocabulary", "context", "KV/token"):
         models.add_column(head, justify="right")
     for name, model in found["models"].items():
         if model is None:
@@ -154,9 +187,9 @@ def _show(found: dict[str, Any]) -> None:
             continue
         shape = [str(model[key] if model[key] is not None else "-") for key in ("layers", "width", "vocabulary")]
         size = f"{screen.size(model['bytes'])} {model['stored_as']}"
-        models.add_row(
-            screen.model_name(name), screen.count(model["parameters"]), size, *shape, str(model["context"] or "-")
-        )
+        kv = model["kv_bytes_per_token"]
+        rest = [str(model["context"] or "-"), f"{kv} B" if kv is not None else "-"]
+        models.add_row(screen.model_name(name), screen.count(model["parameters"]), size, *shape, *rest)
     out.print(models)
     table = Table(title="\nPlugins", title_justify="left", box=None, pad_edge=False, header_style="dim")
     for head in ("kind", "name", "package", "class"):

@@ -63,6 +63,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("invariant", "fast"),
         help="invariant: a row's bits do not depend on the rows beside it (default where the native kernels run)",
     )
+    group.add_argument(
+        "--kv-cache", metavar="F", help="store keys and values in a byte each: int8, mxfp8 (default: as computed)"
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice; 1 for the embedded pair)"
@@ -189,6 +192,7 @@ def build_decoder(arguments: argparse.Namespace, **more: Any) -> SpeculativeDeco
             backend=arguments.backend,
             numerics=arguments.numerics,
             allow_lossy=arguments.allow_lossy,
+            kv_cache=arguments.kv_cache,
             trust_remote_code=arguments.trust_remote_code,
             drafter_options=drafter_options,
             **more,
