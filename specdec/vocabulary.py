@@ -121,7 +121,17 @@ def always_included(tokenizer: Any = None, *models: Any) -> set[int]:
 def output_size(model: Any) -> int:
     """Rows of a causal LM's output head: the tokens that it knows, paddings included."""
     head = model.get_output_embeddings()
-    return int(head.out_features if isinstance(head, PackedLinear) else head.weight.shape[0])
+    weight = getattr(head, "weight", None)
+    return int(head.out_features if weight is None else weight.shape[0])
+
+
+def output_weight(model: Any) -> nn.Parameter:
+    """The head's weights `[V, H]`; of a head that stores them in fewer bits a copy, in the embedding's dtype."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, PackedLinear):
+        weight: nn.Parameter = head.weight
+        return weight
+    return nn.Parameter(head.weight_in(model.get_input_embeddings().weight.dtype), requires_grad=False)
 
 
 def output_device(model: Any) -> torch.device:

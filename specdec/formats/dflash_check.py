@@ -10,7 +10,6 @@ import warnings
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from specdec.errors import DrafterWarning
 from specdec.formats.dflash import CONVENTIONS
@@ -49,7 +48,7 @@ def expected_accepted(target: Any, model: DFlashModel, tokens: list[int], shifts
             continue
         features = torch.cat([out.hidden_states[i] for i in ids], -1)
         hidden = anchored_hidden(model, features, tokens_BL, anchors_BA, table_VH)[0]
-        q_AKR = model.logits(hidden, lambda x: linear(x, head.weight, getattr(head, "bias", None))).float().softmax(-1)
+        q_AKR = model.logits(hidden, head).float().softmax(-1)
         p_AKR = p_AKV
         if model.d2t is not None:
             p_AKR = p_AKV[..., torch.arange(len(model.d2t), device=model.d2t.device) + model.d2t]

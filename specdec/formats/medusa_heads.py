@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelError
+from specdec.quant.linear import PackedLinear
+from specdec.vocabulary import output_weight
 
 #: Where the projections come from: each head's own, one that all share, or the target's own output head.
 PROJECTIONS = ("own", "shared", "tied")
@@ -138,7 +140,7 @@ class MedusaHeads(nn.Module):
 def output_rows(target: Any, ids_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Weight `[R, H]` and bias `[R]` of the target's output head, all rows or those of `ids_R`; detached."""
     head = target.get_output_embeddings()
-    weight = getattr(head, "weight", None)
+    weight = output_weight(target) if isinstance(head, PackedLinear) else getattr(head, "weight", None)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         raise UnsupportedModelError(
             f"the target's output head ({type(head).__name__}) has no plain weights to start or tie heads from; "

@@ -17,6 +17,7 @@ from specdec.kernels import ops
 from specdec.models.dflash import NO_LIMIT, DFlashModel, check_target
 from specdec.runtime.cache import bucket
 from specdec.runtime.native import DTYPES, NativeLinear
+from specdec.vocabulary import output_size
 
 # Tokens of a prompt whose keys and values are made in one go.
 _PIECE = 2048
@@ -95,8 +96,7 @@ class DFlashNetwork:
         self.head: nn.Module = target.get_output_embeddings()
         device, dtype = self.table_VH.device, self.table_VH.dtype
         self.model = copy.deepcopy(model).to(device, dtype).requires_grad_(False).eval()
-        vocab_size = self.head.weight.shape[0] if hasattr(self.head, "weight") else len(self.table_VH)
-        self.ids_R = self._ids(int(vocab_size))
+        self.ids_R = self._ids(output_size(target))
         self.hidden, self.num_positions = model.config.layer_ids, model.config.num_positions
         if backend != "eager" and device.type == "cpu" and dtype in DTYPES and ops.available():
             _go_native(self.model)

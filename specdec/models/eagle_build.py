@@ -11,6 +11,7 @@ from transformers.initialization import no_init_weights
 
 from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelError
 from specdec.models.eagle import EagleConfig, EagleModel
+from specdec.vocabulary import output_weight
 
 _MOST_LAYERS = 64
 
@@ -115,7 +116,7 @@ def bind(model: EagleModel, target: Any) -> None:
         model.embed_tokens.weight = _in_dtype(table, model)
         model.embed_tokens.num_embeddings = table.shape[0]
     if not config.own_head:
-        rows = target.get_output_embeddings().weight
+        rows = output_weight(target)
         if rows.shape[1] != config.hidden_size:
             raise IncompatiblePairError(
                 f"the EAGLE head predicts with the target's head, which is {rows.shape[1]} wide, not "

@@ -24,6 +24,7 @@ from specdec.models.dflash import DFlashConfig, DFlashModel, check_target, sprea
 from specdec.models.dflash_anchors import anchored_hidden
 from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap
 from specdec.train.objective import Batch, Losses, Objective
+from specdec.vocabulary import output_size
 
 _HEAD = 64
 
@@ -54,7 +55,7 @@ def shape_of(target: Any, options: Mapping[str, Any]) -> Qwen3Config:
     rope = getattr(text, "rope_parameters", None) or {}
     return Qwen3Config(
         hidden_size=width,
-        vocab_size=int(target.get_output_embeddings().weight.shape[0]),
+        vocab_size=output_size(target),
         max_position_embeddings=text.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": float(rope.get("rope_theta", 10000.0))},
         rms_norm_eps=1e-6,

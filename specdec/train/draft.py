@@ -18,6 +18,7 @@ from specdec.errors import IncompatiblePairError, InputError
 from specdec.loading import DRAFTER_KEY, EMBEDDED, check_same_tokenizer, load_model, load_tokenizer
 from specdec.train.losses import LOSSES, check_loss, divergence, overlap
 from specdec.train.objective import Batch, Losses, Objective
+from specdec.vocabulary import output_size
 
 _SHAPE = ("layers", "hidden", "heads", "kv_heads", "intermediate")
 _HEAD = 64
@@ -95,7 +96,7 @@ class DraftObjective(Objective):
             raise InputError(f"--on-policy is a share of the rows, 0 to 1, not {on_policy}")
         if k < 1:
             raise InputError(f"--k is a number of drafted tokens >= 1, not {k}")
-        sizes = [m.get_output_embeddings().weight.shape[0] for m in (target, model)]
+        sizes = [output_size(m) for m in (target, model)]
         if sizes[0] != sizes[1]:
             raise IncompatiblePairError(f"the target has {sizes[0]} tokens and the draft {sizes[1]}")
         self.model = self.module = model.train()

@@ -27,6 +27,7 @@ from specdec.train import provenance
 from specdec.train.losses import LOSSES, check_loss, divergence, in_pieces, overlap
 from specdec.train.objective import Batch, Losses, Objective
 from specdec.train.unroll import unroll, unrolling
+from specdec.vocabulary import output_size, output_weight
 
 _DECAY = 0.8  # of a step's weight against the one before
 # EAGLE-1: the weight of cross-entropy beside that of the regression, and the width of the features' noise.
@@ -46,7 +47,7 @@ def new_config(target: Any, options: Mapping[str, Any]) -> EagleConfig:
     """A head's shape for this target: as wide, with as many key as query heads, since the drafted token's embedding
     reaches the layer by its values alone."""
     of_target = target.config.get_text_config(decoder=True)
-    width, vocab = int(of_target.hidden_size), target.get_output_embeddings().weight.shape[0]
+    width, vocab = int(of_target.hidden_size), output_size(target)
     rows, table_width = target.get_input_embeddings().weight.shape
     if table_width != width:
         raise InputError(f"the target's embeddings are {table_width} wide and its layers {width}: not supported")
@@ -91,7 +92,7 @@ def new_head(config: EagleConfig, target: Any) -> EagleModel:
     high += torch.eye(width)
     bind(head, target)
     if config.own_head:
-        head.lm_head.weight.copy_(target.get_output_embeddings().weight[head.draft_ids].float())
+        head.lm_head.weight.copy_(output_weight(target)[head.draft_ids].float())
     return head
 
 
@@ -182,7 +183,7 @@ class EagleObjective(Objective):
         self.head.d2t.copy_(ids - torch.arange(len(ids)))
         with torch.no_grad():
             if config.own_head:
-                chosen = self.target.get_output_embeddings().weight[ids.to(self.target.device)]
+                chosen = output_weight(self.target)[ids.to(self.target.device)]
                 self.head.lm_head.weight.copy_(chosen.to(self.head.lm_head.weight))
         bind(self.head, self.target)
         self._only_own()
