@@ -158,4 +158,4 @@ def _tensor_name(matrix: str, part: str) -> str:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -157,10 +157,9 @@ def unpack_codes(stream: Tensor, bits: int, count: int, what: str) -> NDArray:
     eights = np.zeros((groups, 8), np.uint8)
     eights[:, :bits] = padded.reshape(groups, bits)
     words = eights.view("<u8").reshape(-1)
-    codes = np.empty((groups, 8), np.uint8)
+    codes = np.empty(groups * 8, np.uint8)
     for i in range(8):
-        codes[:, i] = (words >> np.uint64(bits * i)) & np.uint64((1 << bits) - 1)
-    codes = codes.reshape(-1)
+        codes[i::8] = (words >> np.uint64(bits * i)) & np.uint64((1 << bits) - 1)
     if codes[count:].any():
         raise InputError(f"{what} does not end on zero bits; the file is damaged")
     return codes[:count]

@@ -33,7 +33,8 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 def pack_mask(mask_NK: Tensor) -> Tensor:
     """bool `[N, K]` as bytes `[N, K / 8]`: weight i is bit i of the row's bytes, low bits first. K % 8 == 0."""
     bits = mask_NK.to(torch.uint8).unflatten(-1, (-1, 8))
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+    placed: Tensor = bits << torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return placed.sum(-1, dtype=torch.uint8)
 
 
 def unpack_mask(bytes_NK8: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from specdec.quant.delta_files import MANIFEST, Matrix
 from specdec.quant.delta_streams import GAPS, decode, encode
 from specdec.quant.sparse import keep_largest
 
-FORMATS = [
-    "float16", "bfloat16", "sparse-60", "sparse-2x4", "int8", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxint8", "mxfp8_e4m3"
-]  # fmt: skip
+MX = ["mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxint8", "mxfp8_e4m3"]
+FORMATS = ["float16", "bfloat16", "sparse-60", "sparse-2x4", "int8", *MX]
 
 
 def format_of(name):
@@ -147,6 +146,24 @@ def test_another_gap_width_is_seen(gap):
         decode(stored, 16, 256, gap)
 
 
+def test_a_column_that_ends_one_input_too_late_is_refused():
+    """It would write into the next."""
+    dense = torch.zeros(2, 10, dtype=torch.int8)
+    dense[0, 9] = dense[1, 3] = 5
+    stored = encode(dense, 4)
+    assert stored["gaps"].tolist() == [9 | 3 << 4]
+    stored["gaps"] = torch.tensor([10 | 3 << 4], dtype=torch.uint8)
+    with pytest.raises(InputError, match="reach input 11 of 10"):
+        decode(stored, 2, 10, 4)
+
+
+def test_streams_end_on_zero_bits():
+    stored = encode(torch.ones(1, 3, dtype=torch.int8), 4)
+    stored["gaps"][-1] |= 0x80
+    with pytest.raises(InputError, match="does not end on zero bits"):
+        decode(stored, 1, 3, 4)
+
+
 # ---------------------------------------------------------------- formats
 
 
@@ -215,8 +232,8 @@ def test_the_size_is_that_of_the_formula(name, sparsity):
 
 @pytest.mark.parametrize(
     ("sparsity", "gap", "bits", "ratio"),
-    [(0.8, 4, 16, 3.89), (0.6, 4, 16, 2.00), (0.9, 5, 16, 7.33), (0.95, 6, 16, 14.0), (0.8, 4, 8, 6.48), (0.8, 2, 16, 2.63)],
-)  # fmt: skip
+    [(0.8, 4, 16, 3.89), (0.6, 4, 16, 2.0), (0.9, 5, 16, 7.33), (0.95, 6, 16, 14.0), (0.8, 4, 8, 6.48)],
+)
 def test_ratios_to_sixteen_bits(sparsity, gap, bits, ratio):
     """Of random masks of 4096 rows, measured with another encoder."""
     assert 16 / delta_csc.expected_bits(sparsity, bits, gap) == pytest.approx(ratio, rel=0.01)
@@ -392,7 +409,7 @@ def test_files_that_are_none(tmp_path, matrices):
     with pytest.raises(InputError, match="no manifest"):
         delta_files.load(path)
     save_file({"a": torch.ones(2)}, path, {MANIFEST: "{"})
-    with pytest.raises(InputError, match="manifest of .* is damaged"):
+    with pytest.raises(InputError, match=r"manifest of .* is damaged"):
         delta_files.load(path)
     with pytest.raises(InputError, match="no matrices to save"):
         delta_files.save(path, {})
