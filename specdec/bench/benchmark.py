@@ -24,6 +24,7 @@ from specdec.drafter import BuildContext
 from specdec.dtypes import dtype_name
 from specdec.errors import InputError
 from specdec.loading import resolve_drafter
+from specdec.quant.linear import num_parameters, stored_as
 
 MODEL = "model"
 # The width at which verification is compared with decoding.
@@ -243,8 +244,12 @@ def make_report(bench: Bench, subject: Subject, settings: Settings, main: str) -
     return {
         "preset": subject.name,
         "parameters": {
-            "target": sum(p.numel() for p in subject.target.parameters()),
-            "draft": sum(p.numel() for p in draft.parameters()) if draft is not None else None,
+            "target": num_parameters(subject.target),
+            "draft": num_parameters(draft) if draft is not None else None,
+        },
+        "stored_as": {
+            "target": stored_as(subject.target),
+            "draft": stored_as(draft) if draft is not None else None,
         },
         "pair": {"scale": pair.scale, "seed": pair.seed} if pair is not None else None,
         "agreement": agreement(bench, main),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from specdec.bench.timing import synchronize
+from specdec.quant.linear import PackedLinear
 
 # Far beyond any cache, so that every pass reads memory; on a GPU long beside the start of a kernel, too.
 BUFFER_BYTES = 256 << 20
@@ -49,14 +50,15 @@ class ReadProbe:
 
 
 def streamed_bytes(model: Any, length: int) -> int:
-    """Bytes that one step at width 1 reads: every parameter once, but of the input embedding only the token's row,
-    and the keys and values of `length` tokens.
+    """Bytes that one step at width 1 reads: every weight once, as it is stored, but of the input embedding only the
+    token's row, and the keys and values of `length` tokens.
 
     A tied embedding is read whole, as the output head.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
-    tied = head is not None and head.weight.data_ptr() == embedding.data_ptr()
-    seen: dict[int, int] = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    tied = getattr(head, "weight", None) is not None and head.weight.data_ptr() == embedding.data_ptr()
+    stored = [t for m in model.modules() if isinstance(m, PackedLinear) for t in m.parts.values()]
+    seen: dict[int, int] = {p.data_ptr(): p.nbytes for p in [*model.parameters(), *stored]}
     if not tied:
         seen[embedding.data_ptr()] = embedding[0].nbytes
     config = model.config.get_text_config(decoder=True)

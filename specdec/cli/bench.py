@@ -30,6 +30,7 @@ examples:
   specdec bench --dtype fp32 --drafters model,ngram --k 4 --profile
   specdec bench --peer openvino --peer llama.cpp=build/bin --json bench.json
   specdec bench --target org/target --drafter org/draft --backend compiled
+  specdec bench --preset tiny --quantize mxfp4 --draft-quantize mxfp4       weights in fewer bits
 
 Presets are random weights of real sizes whose draft agrees with the target 77 % of the time: nothing is downloaded.
 The last line of output is the report as JSON.
@@ -57,6 +58,7 @@ def add_parser(subparsers: Any) -> None:
     )
     what.add_argument("--target", metavar="T", help="hub id or folder, in place of a preset")
     what.add_argument("--drafter", metavar="X", help="the draft model of --target: hub id or folder")
+    options.add_quantize_options(what)
     what.add_argument("--drafters", default="model", metavar="A,B", help="model, ngram, … (default: model)")
     what.add_argument(
         "--k", type=options.whole_numbers, default=(3, 4, 5, 6), metavar="3,4", help="constant k's to try"
@@ -136,6 +138,7 @@ def build_subject(arguments: argparse.Namespace, say: Callable[[str], None]) -> 
     from specdec.bench.benchmark import Subject
     from specdec.bench.rows import BATCH_SIZE
     from specdec.loading import default_device
+    from specdec.quant.methods import prepare_model
 
     preset = chosen_preset(arguments)
     dtype = chosen_dtype(arguments, preset)
@@ -166,10 +169,17 @@ def build_subject(arguments: argparse.Namespace, say: Callable[[str], None]) -> 
 
         say("counting the target's own texts")
         vocabulary = draft_vocabulary.choose(pair, arguments.draft_vocabulary)
+    target, draft = pair.target, pair.draft
+    if arguments.quantize is not None:
+        say(f"rounding the target: {arguments.quantize}")
+        target = prepare_model(target, arguments.quantize)
+    if arguments.draft_quantize is not None:
+        say(f"rounding the draft: {arguments.draft_quantize}")
+        draft = prepare_model(draft, arguments.draft_quantize)
     prompts = synthetic.make_prompts(pair.shape, arguments.prompts, arguments.prompt_tokens)
     more = synthetic.make_prompts(pair.shape, BATCH_SIZE, arguments.prompt_tokens, seed=1)
     batch = [*prompts, *more][: max(BATCH_SIZE, len(prompts))]
-    return Subject(preset, pair.target, pair.draft, pair.tokenizer, prompts, batch, pair, vocabulary)
+    return Subject(preset, target, draft, pair.tokenizer, prompts, batch, pair, vocabulary)
 
 
 def _loaded(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> Subject:
@@ -185,6 +195,8 @@ def _loaded(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
         device=device,
         dtype=dtype,
         backend="eager",  # the rows open their own
+        quantize=arguments.quantize,
+        draft_quantize=arguments.draft_quantize,
         trust_remote_code=arguments.trust_remote_code,
     )
     if decoder.tokenizer is None:
@@ -248,6 +260,8 @@ def _check_peers(arguments: argparse.Namespace, peers: Any) -> None:
     preset = chosen_preset(arguments)
     if preset in (None, EMBEDDED):
         raise InputError("peers run on a synthetic pair's weights; use --preset 134m, or leave --peer out")
+    if arguments.quantize is not None or arguments.draft_quantize is not None:
+        raise InputError("peers run on full-precision weights; leave --quantize and --draft-quantize out, or --peer")
     device = options.checked_device(arguments.device)
     kind = device.type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     peers.check(arguments.peer, kind, chosen_dtype(arguments, preset) or torch.float32)

@@ -33,6 +33,9 @@ def _head(console: Console, report: dict[str, Any]) -> None:
     prompt = f"{min(lengths)}" if min(lengths) == max(lengths) else f"{min(lengths)}–{max(lengths)}"
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     console.print(f"\n[bold]{escape(report['preset'])}[/] target {sizes['target']} parameters{draft}{agrees}")
+    formats = [f"{part} stored as {name}" for part, name in report["stored_as"].items() if name]
+    if formats:
+        console.print("; ".join(formats))
     if report.get("draft_vocabulary"):
         cut = report["draft_vocabulary"]
         console.print(

@@ -27,6 +27,8 @@ examples:
   specdec compare --temperature 0.7 --verifier block --seed 1 --limit 4
   specdec compare --policy fixed --k 4 --baseline hf --baseline hf-assisted --json result.json
   specdec compare --target org/target --drafter org/draft --prompts spec_bench.jsonl --chat --dtype bfloat16
+  specdec compare --quantize w4a16 --draft-quantize mxfp4 --limit 4        weights in fewer bits, rounded while read
+  specdec compare --drafter self_quant --drafter-option scheme=mxfp4       the target drafts for itself in 4 bits
 
 Exit code 1 when texts differ and the difference is no tie of the precision (a BUG), 2 for wrong input.
 """
@@ -97,6 +99,8 @@ def progress_bar(console: Console, title: str = "comparing") -> Iterator[Progres
 
 def _describe(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> dict[str, Any]:
     """The set-up, as JSON and as the head of the report."""
+    from specdec.quant.linear import num_parameters, stored_as
+
     name = options.chosen_drafter(arguments)
     model = getattr(decoder.drafter, "model", None)
     if model is not None and name == decoder.drafter.name:
@@ -107,8 +111,12 @@ def _describe(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> dic
         "draft": screen.model_name(name),
         "drafter": decoder.drafter.name,
         "parameters": {
-            "target": sum(p.numel() for p in decoder.target.parameters()),
-            "draft": sum(p.numel() for p in model.parameters()) if model is not None else None,
+            "target": num_parameters(decoder.target),
+            "draft": num_parameters(model) if model is not None else None,
+        },
+        "stored_as": {
+            "target": stored_as(decoder.target),
+            "draft": stored_as(model) if model is not None else None,
         },
         "verifier": decoder.verifier.name,
         "policy": decoder.policy.name,

@@ -24,6 +24,7 @@ examples:
   specdec generate "class Stack:" --show-origin --max-new-tokens 64
   specdec generate "import os" --temperature 0.8 --top-p 0.95 --seed 3 --quiet
   echo "def main():" | specdec generate --drafter ngram --json out.json
+  specdec generate "import os" --quantize mxfp6_e2m3 --draft-quantize mxfp4
 """
 _TARGET_STYLE, _DRAFTER_STYLE = "bold yellow", "green"
 

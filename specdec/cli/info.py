@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
-    options.add_model_options(parser)
+    options.add_model_options(parser, loads=False)
     parser.set_defaults(run=run)
 
 
@@ -54,16 +54,53 @@ def describe_folder(folder: Path) -> dict[str, Any]:
                     n *= side
                 parameters += n
                 dtypes.add(str(tensor.get_dtype()))
+    quantised = config.get("quantization_config") or {}
+    method = str(quantised.get("quant_method", "")) if isinstance(quantised, dict) else ""
+    kinds = "/".join(sorted(dtypes)).lower() or "no safetensors"
+    formats: dict[str, Any] = {}
+    if method == "specdec":
+        parameters, formats, kinds = stored_formats(folder)
+    elif method:
+        kinds = f"{method}: {kinds}"
     return {
         "parameters": parameters,
         "bytes": sum(file.stat().st_size for file in files),
-        "stored_as": "/".join(sorted(dtypes)).lower() or "no safetensors",
+        "stored_as": kinds,
+        "formats": formats,
         "architecture": (config.get("architectures") or [config.get("model_type", "?")])[0],
         "layers": config.get("num_hidden_layers", config.get("n_layer")),
         "width": config.get("hidden_size", config.get("n_embd")),
         "vocabulary": config.get("vocab_size"),
         "context": config.get("max_position_embeddings", config.get("n_positions")),
     }
+
+
+def stored_formats(folder: Path) -> tuple[int, dict[str, Any], str]:
+    """Of a folder with stored weights: weights, layers with bytes and bits per weight by format, and that in words."""
+    from transformers import AutoConfig
+
+    from specdec.quant.hf import with_empty_layers
+    from specdec.quant.source import empty_model
+
+    model = with_empty_layers(empty_model(AutoConfig.from_pretrained(str(folder))))
+    return formats_of(model)
+
+
+def formats_of(model: Any) -> tuple[int, dict[str, Any], str]:
+    from specdec.quant.linear import num_parameters, stored_as
+    from specdec.quant.report import Report
+
+    found: dict[str, Any] = {}
+    weights: dict[str, int] = {}
+    for layer in Report.of_model(model).layers:
+        entry = found.setdefault(layer.format, {"layers": 0, "bytes": 0})
+        entry["layers"] += 1
+        entry["bytes"] += layer.after
+        weights[layer.format] = weights.get(layer.format, 0) + layer.weights
+    for name, entry in found.items():
+        entry["bits_per_weight"] = 8 * entry["bytes"] / weights[name]
+    words = ", ".join(filter(None, (stored_as(model), dtype_name(model.dtype))))
+    return num_parameters(model), found, words
 
 
 def kv_bytes(name: str, arguments: argparse.Namespace, dtype: Any, drafts: bool) -> int | None:
@@ -95,14 +132,16 @@ def describe_model(name: str, trust_remote_code: bool) -> dict[str, Any]:
     if Path(name).is_dir():
         return describe_folder(Path(name))
     from specdec.loading import load_model
+    from specdec.quant.linear import num_weight_bytes
 
     model = load_model(name, device="cpu", dtype="auto", trust_remote_code=trust_remote_code)
     config = model.config.get_text_config(decoder=True)
-    tensors = list(model.parameters())
+    parameters, formats, words = formats_of(model)
     return {
-        "parameters": sum(t.numel() for t in tensors),
-        "bytes": sum(t.nbytes for t in tensors),
-        "stored_as": dtype_name(model.dtype),
+        "parameters": parameters,
+        "bytes": num_weight_bytes(model),
+        "stored_as": words,
+        "formats": formats,
         "architecture": type(model).__name__,
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
@@ -191,6 +230,12 @@ def _show(found: dict[str, Any]) -> None:
         rest = [str(model["context"] or "-"), f"{kv} B" if kv is not None else "-"]
         models.add_row(screen.model_name(name), screen.count(model["parameters"]), size, *shape, *rest)
     out.print(models)
+    for name, model in found["models"].items():
+        for format, entry in (model or {}).get("formats", {}).items():
+            out.print(
+                f"  {screen.model_name(name)}: {entry['layers']} layers as [bold]{format}[/], "
+                f"{screen.size(entry['bytes'])}, {entry['bits_per_weight']:.2f} bits per weight"
+            )
     table = Table(title="\nPlugins", title_justify="left", box=None, pad_edge=False, header_style="dim")
     for head in ("kind", "name", "package", "class"):
         table.add_column(head)

@@ -36,7 +36,14 @@ def key_value(text: str) -> tuple[str, Any]:
         return key.replace("-", "_"), value
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_quantize_options(group: Any) -> None:
+    what = "a format (mxfp6_e2m3, int4-g64, …), a recipe (w4a16, …), or a JSON file"
+    group.add_argument("--quantize", metavar="F", help=f"store the target's weights in fewer bits: {what}")
+    group.add_argument("--draft-quantize", metavar="F", help="the same for the weights of the model that drafts")
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, loads: bool = True) -> None:
+    """`loads`: the command loads models; else it only looks at them."""
     group = parser.add_argument_group("models")
     group.add_argument("--target", metavar="T", help="hub id or folder (default: the embedded pair's target)")
     group.add_argument(
@@ -53,6 +60,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="an option of the drafter; repeatable",
     )
+    if loads:
+        add_quantize_options(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     group.add_argument(
         "--dtype", help="float32, bfloat16, auto: the faster one (default: float32 on CPU, else the checkpoint's)"
@@ -193,6 +202,8 @@ def build_decoder(arguments: argparse.Namespace, **more: Any) -> SpeculativeDeco
             numerics=arguments.numerics,
             allow_lossy=arguments.allow_lossy,
             kv_cache=arguments.kv_cache,
+            quantize=arguments.quantize,
+            draft_quantize=arguments.draft_quantize,
             trust_remote_code=arguments.trust_remote_code,
             drafter_options=drafter_options,
             **more,

@@ -60,6 +60,8 @@ def _head(console: Console, report: dict[str, Any]) -> None:
     def model(part: str) -> str:
         number = report["parameters"][part]
         size = "no weights" if number is None else f"{screen.count(number)} parameters"
+        formats = report["stored_as"][part]
+        size += f", {formats}" if formats else ""
         return f"{escape(report[part])} [dim]({size})[/]"
 
     sampling = "greedy" if not options["temperature"] else f"temperature {options['temperature']:g}"

@@ -210,8 +210,12 @@ def empty_model(kind: Any, config: Any, dtype: torch.dtype) -> Any:
 
     Nothing is initialised where the caller is in `no_init_weights`.
     """
-    model = kind._from_config(config, dtype=dtype).eval()
-    given = getattr(config, "quantization_config", None)
+    return with_empty_layers(kind._from_config(config, dtype=dtype).eval())
+
+
+def with_empty_layers(model: Any) -> Any:
+    """The model itself, with packed layers that hold nothing where its configuration says that layers are packed."""
+    given = getattr(model.config, "quantization_config", None)
     if given is None:
         return model
     quant = given if isinstance(given, QuantConfig) else QuantConfig.from_dict(given)

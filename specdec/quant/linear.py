@@ -93,6 +93,28 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, format={self.format.name!r}"
 
 
+def num_parameters(model: nn.Module) -> int:
+    """Weights of a model, those that are stored in fewer bits included."""
+    stored = (module for module in model.modules() if isinstance(module, PackedLinear))
+    return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in stored)
+
+
+def num_weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights of a model, however they are stored."""
+    stored = (module for module in model.modules() if isinstance(module, PackedLinear))
+    return sum(p.nbytes for p in model.parameters()) + sum(module.num_bytes for module in stored)
+
+
+def stored_as(model: nn.Module) -> str | None:
+    """Formats of a model's packed layers, that of the most weights first: "int4, mxint8". None when it has none."""
+    weights: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            name = module.format.name
+            weights[name] = weights.get(name, 0) + module.in_features * module.out_features
+    return ", ".join(sorted(weights, key=lambda name: -weights[name])) or None
+
+
 def named_packed(module: nn.Module) -> dict[str, PackedLinear]:
     """The packed layers of a model by name; `InputError` when it has none."""
     found = {name: child for name, child in module.named_modules() if isinstance(child, PackedLinear)}
