@@ -37,7 +37,7 @@ class Int8(GridFormat):
     def fit(self, weight_NK: Tensor) -> dict[str, Tensor]:
         scales = torch.empty(weight_NK.shape[0], dtype=torch.float32, device=weight_NK.device)
         for rows in row_chunks(weight_NK):
-            scales[rows] = weight_NK[rows].abs().amax(1).float().clamp_(SMALLEST, _MOST_INT8) / 127
+            scales[rows] = _divided(weight_NK[rows].abs().amax(1).float().clamp_(SMALLEST, _MOST_INT8), 127)
         return {"scales": scales}
 
     def encode(self, weight_NK: Tensor, fitted: Parts) -> Tensor:
@@ -100,7 +100,7 @@ class Int4(GridFormat):
                 fitted["scales"][rows] = _stored(torch.where(high >= -low, high, low) / -8, _MOST)
                 continue
             # Zero is always on the grid. Divided first: the difference could overflow.
-            low, high = low.clamp_max(0) / 15, high.clamp_min(0) / 15
+            low, high = _divided(low.clamp_max(0), 15), _divided(high.clamp_min(0), 15)
             fitted["scales"][rows] = scales = _stored(high - low, _MOST_ASYMMETRIC)
             fitted["zeros"][rows] = (low / scales.float() * -15).round_().clamp_(0, 15).to(torch.uint8)
         return fitted
@@ -135,6 +135,11 @@ class Int4(GridFormat):
 
     def _zeros(self, parts: Parts, rows: slice) -> Tensor | float:
         return parts["zeros"][rows].float().unsqueeze(-1) if self.asymmetric else 8.0
+
+
+def _divided(x: Tensor, by: float) -> Tensor:
+    """The same bits on every device: CUDA multiplies by the reciprocal of a number that is no tensor there."""
+    return x / x.new_tensor(by)
 
 
 def _stored(scales: Tensor, most: float) -> Tensor:

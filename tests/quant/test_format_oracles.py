@@ -231,3 +231,14 @@ def test_gfloat_uses_the_code_of_minus_two(gfloat):
     once = ours.unpack(ours.pack(block))
     assert once[0, 0] == -127 / 64
     assert torch.equal(ours.unpack(ours.pack(once)), once)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*FAMILIES, "mxfp4-rceil", "int8", "int4", "int4-g64-asym"])
+def test_a_gpu_packs_the_same_bits(name):
+    weight = every_magnitude(384, 512)
+    form = parse(name)
+    here, there = form.pack(weight), form.pack(weight.cuda())
+    assert all(part.is_cuda for part in there.values())
+    assert all(torch.equal(here[part], there[part].cpu()) for part in here)
+    assert torch.equal(form.unpack(here), form.unpack(there).cpu())
