@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from specdec.errors import InputError
-from specdec.quant.sparse import Sparse, keep_largest
+from specdec.quant.masks import cubic_sparsity
+from specdec.quant.pruning import Pattern
+from specdec.quant.sparse import Sparse
 from specdec.train.rounding import RoundedLinear
 
 PRUNERS = ("magnitude", "wanda")
@@ -20,12 +22,12 @@ _ROWS = 8  # of calibration text in one forward
 
 
 class Pruning:
-    """Drops the weights with the lowest scores: |w| (magnitude), or |w| times the norm of its input over some text
-    (Wanda, arXiv 2306.11695). Scores are compared within the row of an output.
+    """Drops the weights with the lowest scores: |w| (magnitude), or |w| times the norm of its input over some text, in
+    the full-precision model (Wanda, arXiv 2306.11695). Scores are compared within the row of an output.
 
-    In n steps, after the i-th of which a layer that ends with a share s dropped has s (1 - (1 - i/n)^3) dropped: most
-    early, while much is left to take over (Zhu & Gupta, arXiv 1710.01878). The first lies before the first step of
-    training, the last `share` of the run later. What was dropped stays so.
+    In n steps, after the i-th of which a layer that ends with a share s dropped has s (1 - (1 - i/n)^3) dropped
+    (`cubic_sparsity`). The first lies before the first step of training, the last `share` of the run later. What was
+    dropped stays so.
     """
 
     def __init__(self, layers: Mapping[str, RoundedLinear], score: str, steps: int, share: float):
@@ -83,14 +85,11 @@ class Pruning:
         scores_NK = layer.weight.detach().abs() if int(layer.stage) == 0 else layer.masters().abs()
         if self.norms:
             scores_NK = scores_NK * self.norms[name].to(scores_NK.device)
-        percent, K = _percent(layer), scores_NK.shape[1]
-        if percent is None:
-            return keep_largest(scores_NK.unflatten(1, (-1, 4)), 2).flatten(1)
-        assert isinstance(layer.format, Sparse)
-        if stage == self.steps:
-            return keep_largest(scores_NK, layer.format.stored(K))
-        dropped = percent / 100 * (1 - (1 - stage / self.steps) ** 3)
-        return keep_largest(scores_NK, K - int(K * dropped))
+        percent = _percent(layer)
+        if percent is None or stage == self.steps:
+            assert isinstance(layer.format, Sparse)
+            return Pattern.of(layer.format).keep(scores_NK)
+        return Pattern.of(cubic_sparsity(stage, self.steps, percent / 100)).keep(scores_NK)
 
 
 def _percent(layer: RoundedLinear) -> int | None:

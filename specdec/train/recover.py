@@ -29,6 +29,28 @@ from specdec.train.rounding import packed_model, rounded_layers, with_layers
 MASTERS = "masters.safetensors"
 
 
+def compare(batch: Batch, q_logits_BLV: Tensor) -> dict[str, Tensor]:
+    """How near a model with logits `q_logits_BLV` is to the target, at each position that counts, `[N]` each.
+
+    overlap: sum min(p, q). agree: 1 where both have the same first choice, else 0. kl: from target to model. loss and
+    target_loss: of the text itself, model's and target's, in nats; they have no value at the last position of a row,
+    which predicts a token that is not there.
+    """
+    found: dict[str, list[Tensor]] = {}
+    rows = zip(batch.tokens_BL, batch.mask_BL, batch.logits_BLV, q_logits_BLV, strict=True)
+    for tokens_L, mask_L, p_logits_LV, q_logits_LV in rows:
+        q_logits_LV = q_logits_LV.to(p_logits_LV.dtype)
+        p_NV, q_logits_NV = p_logits_LV[mask_L].softmax(-1), q_logits_LV[mask_L]
+        same_N, agree_N = overlap(p_NV, q_logits_NV)
+        here = {"overlap": same_N, "agree": agree_N, "kl": divergence("fkl", p_NV, q_logits_NV)}
+        known_L, next_L = mask_L[:-1], tokens_L[1:]
+        for name, logits_LV in (("loss", q_logits_LV), ("target_loss", p_logits_LV)):
+            here[name] = nn.functional.cross_entropy(logits_LV[:-1][known_L], next_L[known_L], reduction="none")
+        for name, value_N in here.items():
+            found.setdefault(name, []).append(value_N)
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
 class RecoverObjective(Objective):
     """A copy of the target with rounded weights, fine-tuned until it says again what the target says.
 
@@ -145,22 +167,8 @@ class RecoverObjective(Objective):
         return Losses(divergence(self.loss_name, p_logits_NV.softmax(-1), q_logits_NV).mean())
 
     def judge(self, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-        """`loss` and `target_loss` are of the text itself, in nats a token; `kl` is from target to student."""
-        found: dict[str, list[Tensor]] = {name: [] for name in ("overlap", "agree", *self.measures)}
-        rows = zip(batch.tokens_BL, batch.mask_BL, batch.logits_BLV, self._q_logits(batch), strict=True)
-        for tokens_L, mask_L, p_logits_LV, q_logits_LV in rows:
-            p_logits_NV, q_logits_NV = p_logits_LV[mask_L], q_logits_LV[mask_L].to(p_logits_LV.dtype)
-            p_NV = p_logits_NV.softmax(-1)
-            for name, value in zip(("overlap", "agree"), overlap(p_NV, q_logits_NV), strict=True):
-                found[name].append(value)
-            found["kl"].append(divergence("fkl", p_NV, q_logits_NV))
-            # The last position of a row predicts a token that is not there.
-            known_L, next_L = mask_L[:-1], tokens_L[1:]
-            for name, logits_LV in (("loss", q_logits_LV), ("target_loss", p_logits_LV)):
-                logits_NV = logits_LV[:-1][known_L].to(p_logits_LV.dtype)
-                found[name].append(nn.functional.cross_entropy(logits_NV, next_L[known_L], reduction="none"))
-        both = {name: torch.cat(values) for name, values in found.items()}
-        return both.pop("overlap")[:, None], both.pop("agree")[:, None], both
+        found = compare(batch, self._q_logits(batch))
+        return found.pop("overlap")[:, None], found.pop("agree")[:, None], found
 
     def acceptance(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.judge(batch)[:2]

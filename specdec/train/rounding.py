@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.errors import InputError
+from specdec.errors import InputError, UnsupportedModelError
 from specdec.kernels.packed import rounded_rows
 from specdec.loading import stored_dtype
 from specdec.quant.format import Format
@@ -26,6 +26,7 @@ from specdec.quant.layers import candidates, weight_of
 from specdec.quant.linear import PackedLinear
 from specdec.quant.recipe import Recipe
 from specdec.quant.sparse import Sparse, unpack_mask
+from specdec.runtime.native import is_spread
 
 
 class _Rounded(torch.autograd.Function):
@@ -76,6 +77,7 @@ class RoundedLinear(nn.Module):
     the format itself would keep, then what `prune` says, and no step brings the others back. `stage` counts prunings.
     """
 
+    bias: Tensor | None
     mask: Tensor | None
     stage: Tensor
 
@@ -113,7 +115,15 @@ class RoundedLinear(nn.Module):
 
 
 def with_layers(model: Any, layers: Mapping[str, nn.Module]) -> Any:
-    """A copy of a model with other modules at the given names; it shares every tensor with it, without gradients."""
+    """A copy of a model with other modules at the given names; it shares every tensor with it, without gradients.
+
+    `UnsupportedModelError` for a model that accelerate has spread out.
+    """
+    if is_spread(model):
+        raise UnsupportedModelError(
+            f"the layers of {type(model).__name__} are spread out by accelerate hooks, which a copy would not obey; "
+            "load it on one device"
+        )
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     shared.update({id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
     twin = copy.deepcopy(model, shared)

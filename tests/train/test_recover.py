@@ -329,8 +329,9 @@ def test_the_command_writes_a_folder_and_says_what_it_gained(tmp_path, monkeypat
     model = tiny("llama", dtype=torch.float32, vocab_size=TEXT_VOCAB, **SHAPE).bfloat16()
     model.save_pretrained("target")
     byte_tokenizer().save_pretrained("target")
+    Path("mixed.json").write_text('{"default": "mxfp4", "head": "mxfp6_e2m3"}')
     Path("text.txt").write_text("".join(f"value_{i} = {i * i}\n\n" for i in range(2000)), encoding="utf-8")
-    words = ["train", "recover", "--target", "target", "--data", "text.txt", "--recipe", "mx4", "--out", "out"]
+    words = ["train", "recover", "--target", "target", "--data", "text.txt", "--recipe", "mixed.json", "--out", "out"]
     words += ["--steps", "4", "--batch", "2", "--length", "32", "--evaluations", "2", "--held-out", "0.1"]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
