@@ -334,9 +334,9 @@ def load(
     on CPU and the checkpoint's own elsewhere; "auto" is the faster of the two here, by a short measurement whose
     outcome is in `decoder.dtype_reason`. `backend`, `numerics`, `kv_cache`: see `open_backend`. `quantize`,
     `draft_quantize`: how the weights of target and draft are stored, by a format ("mxfp6_e2m3", "int4-g64"), a named
-    recipe ("w4a16"), a file, a dictionary or a `Recipe`; folders that `specdec quantize` wrote need neither. `model_options` go to
-    `from_pretrained` (`device_map`, `quantization_config`, …). Remote code runs only with trust_remote_code=True;
-    weights are read from safetensors.
+    recipe ("w4a16"), a file, a dictionary or a `Recipe`; folders that `specdec quantize` wrote need neither.
+    `model_options` go to `from_pretrained` (`device_map`, `quantization_config`, …). Remote code runs only with
+    trust_remote_code=True; weights are read from safetensors.
 
     Lossless: yes, unless allow_lossy=True admits a lossy verifier. A quantised target is another model than the
     full-precision one; its texts are its own plain ones.
