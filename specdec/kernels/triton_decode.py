@@ -132,17 +132,29 @@ def over_groups(values, SHAPE: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _nearest_bfloat16(values):
+def _nearest_bits(values):
+    """Bits of float32 numbers rounded to bfloat16, ties to even: the interpreter cuts off, and loses subnormals."""
     bits = values.to(tl.uint32, bitcast=True)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tl.where(values == values, rounded, values)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(values == values, rounded, 0x7FC00000).to(tl.uint32)
 
 
 @triton.jit
-def nearest(values, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """`values` in DTYPE. With WIDE, for the interpreter, which cuts off for bfloat16: float32 of as many bits."""
+def nearest(values, DTYPE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr):
+    """`values` rounded to DTYPE; with WIDE, for the interpreter, given in ACC."""
     if WIDE and tl.bfloat16 == DTYPE:
-        return _nearest_bfloat16(values)
+        return _nearest_bits(values).to(tl.float32, bitcast=True)
+    elif WIDE:
+        return values.to(DTYPE).to(ACC)
+    else:
+        return values.to(DTYPE)
+
+
+@triton.jit
+def stored(values, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """`values` rounded to DTYPE, as they are stored."""
+    if WIDE and tl.bfloat16 == DTYPE:
+        return (_nearest_bits(values) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return values.to(DTYPE)
 

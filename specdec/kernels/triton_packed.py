@@ -183,9 +183,8 @@ def linear(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = None) 
 
     float16, bfloat16, float32 or float64, accumulated in float32 (float64) and rounded once, on one CUDA device. Equals
     rows times `format.unpack(parts, x.dtype)` up to the order of sums; int8 equals `packed.int8_reference` to the bit.
-    A row's bits do not depend on the number of rows. In float16, weights of MX formats are rounded as `unpack` rounds
-    them. Formats without a kernel are unpacked for each call. Nothing is read back to the host, and all memory comes
-    from torch, so calls can be captured in a CUDA graph.
+    A row's bits do not depend on the number of rows. Formats without a kernel are unpacked for each call. Nothing is
+    read back to the host, and all memory comes from torch, so calls can be captured in a CUDA graph.
 
     `InputError` when sizes, dtypes or devices do not fit.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specdec.kernels.triton_decode import decoded, nearest
+from specdec.kernels.triton_decode import decoded, nearest, stored
 
 
 @triton.jit
@@ -74,9 +74,9 @@ def product(
         scale = tl.load(scales_at + (start + S * BK) // GROUP, mask=inside & later, other=0)
         if ZEROS:
             zero = tl.load(zeros_at + (start + S * BK) // GROUP, mask=inside & later, other=0)
-        w = nearest(w, x.dtype.element_ty, WIDE)
+        w = nearest(w, x.dtype.element_ty, ACC, WIDE)
         if WIDE:
-            given, w = given.to(ACC), w.to(ACC)
+            given = given.to(ACC)
         if S == 1:
             acc = tl.dot(given, tl.trans(w), acc, input_precision="ieee", out_dtype=ACC)
         else:
@@ -86,7 +86,7 @@ def product(
     if BIAS:
         acc += tl.load(bias + col, mask=col < N, other=0.0).to(ACC)[None, :]
     y_at = y + row.to(tl.int64)[:, None] * N + col[None, :]
-    tl.store(y_at, nearest(acc, y.dtype.element_ty, WIDE), mask=(row < M)[:, None] & (col < N)[None, :])
+    tl.store(y_at, stored(acc, y.dtype.element_ty, WIDE), mask=(row < M)[:, None] & (col < N)[None, :])
 
 
 @triton.jit
@@ -129,14 +129,14 @@ def sparse(
         before += tl.sum(counts, 1)
         later = (start + BK + word * 32 < K)[None, :]
         words = tl.load(words_at + (start + BK) // 32, mask=inside & later, other=0).to(tl.uint32, bitcast=True)
-        w = nearest(w.to(tl.float32), x.dtype.element_ty, WIDE)
+        w = nearest(w.to(tl.float32), x.dtype.element_ty, ACC, WIDE)
         if WIDE:
-            given, w = given.to(ACC), w.to(ACC)
+            given = given.to(ACC)
         acc = tl.dot(given, tl.trans(w), acc, input_precision="ieee", out_dtype=ACC)
     if BIAS:
         acc += tl.load(bias + col, mask=col < N, other=0.0).to(ACC)[None, :]
     y_at = y + row.to(tl.int64)[:, None] * N + col[None, :]
-    tl.store(y_at, nearest(acc, y.dtype.element_ty, WIDE), mask=(row < M)[:, None] & (col < N)[None, :])
+    tl.store(y_at, stored(acc, y.dtype.element_ty, WIDE), mask=(row < M)[:, None] & (col < N)[None, :])
 
 
 @triton.jit
@@ -186,4 +186,4 @@ def int8(
     if BIAS:
         out += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
     y_at = y + row.to(tl.int64)[:, None] * N + col[None, :]
-    tl.store(y_at, nearest(out, y.dtype.element_ty, WIDE), mask=(row < M)[:, None] & (col < N)[None, :])
+    tl.store(y_at, stored(out, y.dtype.element_ty, WIDE), mask=(row < M)[:, None] & (col < N)[None, :])
