@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,9 @@ def kind_parser(kind: str) -> argparse.ArgumentParser:
     found: type[Objective] = registry.find("trainer", kind)
     parser = Parser(
         prog=f"specdec train {kind}",
-        description=" ".join((found.__doc__ or "").split("\n\n")[0].split()),
+        description=textwrap.fill(" ".join((found.__doc__ or "").split("\n\n")[0].split()), 78),
+        epilog=found.examples or None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     _add_data_options(parser)
@@ -115,9 +118,11 @@ def _add_run_options(parser: argparse.ArgumentParser, kind: str) -> None:
     group.add_argument("--steps", type=int, metavar="N", help="budget of steps")
     group.add_argument("--batch", type=int, default=8, metavar="N", help="rows of a forward (default: 8)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="forwards of a step (default: 1)")
-    group.add_argument("--lr", type=float, default=1e-3, metavar="R", help="highest learning rate (default: 1e-3)")
+    group.add_argument(
+        "--lr", type=float, default=1e-3, metavar="R", help="highest learning rate (default: %(default)g)"
+    )
     group.add_argument("--warmup", type=float, default=0.03, metavar="SHARE", help="of the budget (default: 0.03)")
-    group.add_argument("--weight-decay", type=float, default=0.01, metavar="W", help="(default: 0.01)")
+    group.add_argument("--weight-decay", type=float, default=0.01, metavar="W", help="(default: %(default)g)")
     group.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="of gradients (default: 1)")
     group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="(default: adamw)")
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products (default: fp32)")

@@ -88,6 +88,8 @@ class Objective(ABC):
     #: Fields of `Settings` whose defaults on the command line are other ones for this kind, such as `lr`.
     recommended: ClassVar[Mapping[str, Any]] = {}
 
+    #: Commands to show under the options, each on a line of its own.
+    examples: ClassVar[str] = ""
     #: Names of what `judge` measures beside acceptance.
     measures: ClassVar[tuple[str, ...]] = ()
     #: The command to try the result with, without `specdec`; `{target}` is " --target T" or empty, `{out}` the folder.

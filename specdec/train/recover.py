@@ -60,9 +60,16 @@ class RecoverObjective(Objective):
     """
 
     kind = "recover"
-    recommended: ClassVar[Mapping[str, Any]] = {"lr": 2e-4, "weight_decay": 0.0}
+    recommended: ClassVar[Mapping[str, Any]] = {"lr": 1e-4, "weight_decay": 0.0}
     measures = ("loss", "target_loss", "kl")
     usage = "compare --target {out}"
+    examples = """\
+examples:
+  specdec train recover --recipe mxfp4 --minutes 25 --precision bf16      the embedded target
+  specdec train recover --target org/target --data texts.jsonl --recipe int4-g64 --out runs/int4
+  specdec train recover --target org/target --self-generate 4000 --data prompts.jsonl --recipe w4a16
+  specdec train recover --recipe sparse-80 --prune wanda --prune-steps 6 --lr 1e-3 --out runs/sparse
+"""
 
     def __init__(
         self,

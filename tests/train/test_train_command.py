@@ -77,7 +77,10 @@ def test_help_of_all_kinds_loads_no_torch():
 
 
 def test_examples_parse_with_the_options_of_their_kind():
-    examples = re.findall(r"^ +specdec train (\w+)(.*?)(?: {2,}.*)?$", command._EXAMPLES, re.MULTILINE)
+    shown = command._EXAMPLES + "".join(
+        registry.find("trainer", kind).examples for kind in registry.available("trainer")
+    )
+    examples = re.findall(r"^ +specdec train (\w+)(.*?)(?: {2,}.*)?$", shown, re.MULTILINE)
     kinds = {kind for kind, _ in examples}
     assert {"draft", "export"} <= kinds <= {*registry.available("trainer"), "export"}
     for kind, words in examples:
