@@ -69,7 +69,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
-def _triton() -> str:
+def triton_version() -> str:
+    """As installed; "unknown" where it has no metadata."""
     try:
         return version("triton")
     except PackageNotFoundError:  # built from source, or put on the path by hand
@@ -78,7 +79,7 @@ def _triton() -> str:
 
 def path_for(device: torch.device) -> Path:
     """The file of the schedules measured on this kind of device."""
-    safe = "".join(c if c.isalnum() else "-" for c in f"{device_name(device)}-triton-{_triton()}")
+    safe = "".join(c if c.isalnum() else "-" for c in f"{device_name(device)}-triton-{triton_version()}")
     return cache_folder() / "schedules" / f"{safe}.json"
 
 
@@ -148,27 +149,35 @@ def fastest(
     return best
 
 
-def graph_seconds(calls: Sequence[Callable[[], object]], rounds: int = 9) -> float:
-    """Median seconds of one call: all calls in one CUDA graph, replayed `rounds` times.
+class Replay:
+    """Calls captured in one CUDA graph. They should read different memory, in all more than the device's cache holds,
+    or they measure the cache."""
 
-    Calls should read different memory, in all more than the device's cache holds, or they measure the cache.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiled and allocated before the capture
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(rounds + 1):
+    def __init__(self, calls: Sequence[Callable[[], object]]):
+        self._count = len(calls)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiled and allocated before the capture
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for call in calls:
+                call()
+        self.seconds()  # the first replay uploads the graph
+
+    def seconds(self) -> float:
+        """Of one call, in one replay."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        self._graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000 / len(calls))
-    return statistics.median(times[1:])  # the first replay uploads the graph
+        return float(begin.elapsed_time(end)) / 1000 / self._count
+
+
+def graph_seconds(calls: Sequence[Callable[[], object]], rounds: int = 9) -> float:
+    """Median seconds of one call over some replays."""
+    replay = Replay(calls)
+    return statistics.median(replay.seconds() for _ in range(rounds))

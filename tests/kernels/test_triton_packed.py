@@ -6,6 +6,7 @@ format itself unpacks.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -321,6 +322,45 @@ def test_a_model_on_stored_weights_runs_on_the_device_backend(
     narrow.append([*prompt, 9])
     narrow.prefill()
     assert torch.equal(narrow.forward().logits[-1], rows[0])
+
+
+def script() -> ModuleType:
+    path = Path(__file__).parents[2] / "experiments/quantised/gpu.py"
+    spec = importlib.util.spec_from_file_location("experiments_gpu", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="torch finds none here"):
+        script().main()
+
+
+def test_the_benchmark_judges_by_bytes() -> None:
+    gpu = script()
+    where = {"inputs": 64, "outputs": 32, "rows": 1}
+    times = {gpu.TORCH: (4096, 8e-6), gpu.OURS: (4096, 16e-6), "mxfp4": (1024, 2.5e-6)}
+    rows = [
+        {"name": name, **where, "bytes": size, "fewer_bytes": 4096 / size, "seconds": s, "low": s, "high": s}
+        for name, (size, s) in times.items()
+    ]
+    *_, found = products = gpu.judged(rows, 1e9)
+    assert found["over_torch"] == pytest.approx(3.2)
+    assert found["over_own"] == pytest.approx(6.4)
+    assert found["reach"] == pytest.approx(0.8)
+    assert found["of_bandwidth"] == pytest.approx(0.4096)
+    found["seconds"] *= 1.1
+    about = {"date": "d", "torch": "t", "triton": "3", "bandwidth": 1e9, "rounds": 3, "arguments": "", "device": "X"}
+    text = gpu.markdown({**about, "products": gpu.judged(products, 1e9)})
+    assert "Below 0.8 of the bytes' ratio for one row: mxfp4 64×32 (0.73)." in text
+    heads, rule, *cells = (line for line in text.splitlines() if line.startswith("|"))
+    assert {line.count("|") for line in (heads, rule, *cells)} == {len(gpu.HEADS) + 1}
+    assert len(cells) == 3
 
 
 _COMPILE = """
