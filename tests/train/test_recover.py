@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from specdec.quant.layers import candidates, weight_of
 from specdec.quant.recipe import Recipe
 from specdec.quant.sparse import keep_largest
 from specdec.train import checkpoint, data, provenance
-from specdec.train.objective import create
+from specdec.train.objective import Acceptance, create
 from specdec.train.pruning import Pruning
 from specdec.train.recover import MASTERS, RecoverObjective
 from specdec.train.rounding import RoundedLinear, rounded, with_layers
@@ -350,3 +352,39 @@ def test_the_command_writes_a_folder_and_says_what_it_gained(tmp_path, monkeypat
         "mxfp4",
         "mxfp6_e2m3",
     }
+
+
+def test_measures_of_several_processes_add_up():
+    one, two = Acceptance(), Acceptance()
+    for found, values in ((one, [0.5, 1.0]), (two, [3.0])):
+        rows_N = torch.tensor(values, dtype=torch.float64)
+        found.add(rows_N[:, None] / 4, torch.ones(len(values), 1), {"kl": rows_N})
+    names = ("kl", "loss")
+    sums = one.sums(names) + two.sums(names)
+    one.restore(sums, names)
+    assert one.means()["kl"] == pytest.approx(1.5)
+    assert one.by_position(1) == pytest.approx([4.5 / 4 / 3])
+
+
+@pytest.mark.slow
+def test_two_processes_prune_and_round_alike(tmp_path):
+    model = tiny("llama", dtype=torch.float32, vocab_size=TEXT_VOCAB, **SHAPE)
+    model.save_pretrained(tmp_path / "target")
+    byte_tokenizer().save_pretrained(tmp_path / "target")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"value_{i} = {i * i}\n\n" for i in range(2000)), encoding="utf-8")
+    words = ["specdec", "train", "recover", "--target", str(tmp_path / "target"), "--data", str(text), "--length", "32"]
+    words += ["--recipe", "sparse-60", "--prune", "wanda", "--prune-steps", "2", "--steps", "6", "--evaluations", "3"]
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "-m"]
+    curves, ends = [], []
+    for name, first, batch in (("one", [], "4"), ("two", launch, "2")):
+        more = ["--batch", batch, "--lr", "3e-3", "--device", "cpu", "--out", str(tmp_path / name)]
+        done = subprocess.run(
+            [sys.executable, "-m", *first, *words, *more], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        curves.append([(row["kl"], row["loss"]) for row in provenance.read(tmp_path / name)["held_out_curve"]])
+        ends.append(load_file(checkpoint.latest(tmp_path / name) / "module.safetensors"))
+    assert np.allclose(*curves, atol=1e-4)
+    for key, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][key], tensor, rtol=1e-3, atol=1e-5)
