@@ -165,7 +165,9 @@ def _load_target(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return target, load_tokenizer(source, arguments.trust_remote_code)
 
 
-def prepare_data(arguments: argparse.Namespace, target: Any, tokenizer: Any, err: Console) -> TrainingData:
+def prepare_data(
+    kind: type[Objective], arguments: argparse.Namespace, target: Any, tokenizer: Any, err: Console
+) -> TrainingData:
     """The rows that the options describe; texts of the target's own are made now, by the first process."""
     from specdec.bench.prompts import read_prompts
     from specdec.train import data, selfgen, stdlib
@@ -185,6 +187,7 @@ def prepare_data(arguments: argparse.Namespace, target: Any, tokenizer: Any, err
         source["files"], only_prompts = ["the built-in prompts"], True
     else:
         raise InputError("no text to train on: give --data FILE, or --self-generate N to let the target write it")
+    kind.check_texts(document.text for document in documents if not document.held_out)
     if arguments.self_generate is None:
         return data.packed(documents, tokenizer, arguments.length, arguments.seed, source)
     what = selfgen.SelfGeneration(
@@ -285,7 +288,7 @@ def train(kind: str, arguments: argparse.Namespace) -> int:
     torch.manual_seed(arguments.seed)
     found: type[Objective] = registry.find("trainer", kind)
     objective = create(found, target, tokenizer, **{name: getattr(arguments, name) for name in defaults(found)})
-    data = prepare_data(arguments, target, tokenizer, err)
+    data = prepare_data(found, arguments, target, tokenizer, err)
     progress = Progress(err if is_first and not arguments.quiet else None)
     count = sum(p.numel() for p in objective.module.parameters() if p.requires_grad)
     progress.say(

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,6 +117,11 @@ class Objective(ABC):
     @abstractmethod
     def build(cls, target: Any, tokenizer: Any, options: Mapping[str, Any]) -> Objective:
         """Make the objective; weights start from torch's global generator. Raises `InputError` for bad options."""
+
+    @classmethod
+    def check_texts(cls, texts: Iterable[str]) -> None:
+        """`InputError` for documents that must not be trained on. Drafters may be trained on any."""
+        return None
 
     def begin(self, rows: np.ndarray) -> None:
         """See the training tokens, int32 `[R, L]`, padding included; for example to choose a draft vocabulary.

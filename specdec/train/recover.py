@@ -9,7 +9,7 @@ Shape suffixes: B rows, L tokens of a row, V vocabulary, N positions, K inputs o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from specdec.errors import InputError
 from specdec.quant.layers import candidates
+from specdec.quant.methods.calibration import refuse_prompts
 from specdec.quant.recipe import Recipe
 from specdec.train.losses import LOSSES, check_loss, divergence, overlap
 from specdec.train.objective import Batch, Losses, Objective
@@ -147,6 +148,11 @@ examples:
     def build(cls, target: Any, tokenizer: Any, options: Mapping[str, Any]) -> RecoverObjective:
         names = ("loss", "prune", "prune_steps", "prune_share", "calibration_rows", "masters")
         return cls(target, tokenizer, Recipe.of(options["recipe"]), **{name: options[name] for name in names})
+
+    @classmethod
+    def check_texts(cls, texts: Iterable[str]) -> None:
+        """Refuses the built-in prompts: weights that have seen them cannot be judged by them."""
+        refuse_prompts(texts)
 
     # ------------------------------------------------------------ the course of a run
 

@@ -19,6 +19,7 @@ from tiny_text import TEXT_VOCAB, byte_tokenizer
 from torch import nn
 
 from specdec import cli
+from specdec.bench.prompts import read_prompts
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.loading import load_model
 from specdec.quant import PackedLinear, named_packed, parse
@@ -321,6 +322,18 @@ def test_weights_that_cannot_be_stored_are_named(target, tmp_path):
     recover(target, "int4").save(tmp_path)
     with pytest.raises(UnsupportedModelError, match="quantised already"):
         recover(load_model(tmp_path, device="cpu"), "int4")
+
+
+def test_the_prompts_that_weights_are_judged_by_are_no_training_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny("llama", dtype=torch.float32, vocab_size=TEXT_VOCAB, **SHAPE).save_pretrained("target")
+    byte_tokenizer().save_pretrained("target")
+    prompts = [prompt.text for prompt in read_prompts()]
+    Path("text.jsonl").write_text("".join(json.dumps({"text": text + "\nmore"}) + "\n" for text in prompts))
+    words = ["train", "recover", "--target", "target", "--recipe", "int4", "--steps", "1", "--length", "32"]
+    for source in (["--data", "text.jsonl"], ["--self-generate", "8"]):
+        assert cli.main([*words, *source]) == 2
+        assert "holds an evaluation prompt" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ the command
