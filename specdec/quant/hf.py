@@ -17,6 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specdec.errors import InputError
 from specdec.quant.blocks import ELEMENTS
+from specdec.quant.delta_layout import gaps_of
+from specdec.quant.delta_loading import Expanding
 from specdec.quant.format import parse
 from specdec.quant.layers import candidates
 from specdec.quant.linear import PREFIX, PackedLinear
@@ -36,19 +38,23 @@ class QuantConfig(QuantizationConfigMixin):
     `specdec quantize`. `save_pretrained` writes the stored weights, and reading them again rounds nothing. Rounding
     needs no dtype: the same files give the same stored weights in a float32, a bfloat16 and a float16 model.
 
+    `storage`: of folders whose pruned weights lie in delta-CSC (`specdec.quant.delta_model`); they run, and are saved
+    again, as the recipe says.
+
     Lossless: the weights are rounded, once; what is decoded from them speculatively is what plain decoding gives.
     Raises `InputError` for unknown recipes.
     """
 
-    def __init__(self, recipe: Any, quant_method: str = METHOD):
+    def __init__(self, recipe: Any, quant_method: str = METHOD, storage: Any = None):
         if quant_method != METHOD:
             raise InputError(f"quant_method is {METHOD!r} for this configuration, not {quant_method!r}")
         self.quant_method = METHOD
         self.recipe = Recipe.of(recipe)
+        self.gaps, self.storage = gaps_of({"storage": storage}), storage
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        unknown = sorted(set(config_dict) - {"recipe", "quant_method"})
+        unknown = sorted(set(config_dict) - {"recipe", "quant_method", "storage"})
         if unknown or "recipe" not in config_dict:
             problem = f"has {', '.join(unknown)}, which is unknown here" if unknown else "has no recipe"
             raise InputError(f"the quantization_config of this model {problem}; it holds quant_method and recipe")
@@ -56,7 +62,8 @@ class QuantConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}
+        content = {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}
+        return content if self.storage is None else {**content, "storage": self.storage}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
@@ -109,6 +116,7 @@ class SpecdecQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._swapped: Swapped | None = None  # while the model is being loaded
         self._failure: InputError | None = None
+        self._expanding: Expanding | None = None  # of layers that lie in delta-CSC
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         method = self.quantization_config.recipe.method
@@ -124,7 +132,11 @@ class SpecdecQuantizer(HfQuantizer):
         self._swapped = swap(model, self.quantization_config.recipe, waiting=not self.pre_quantized)
         self._failure = None
         if self.pre_quantized:
-            check_files(model, checkpoint_files, self._swapped)
+            self._expanding = Expanding(model, self.quantization_config.gaps)
+            check_files(model, checkpoint_files, self._swapped, self._expanding)
+
+    def get_weight_conversions(self) -> list[Any]:
+        return self._expanding.converters if self._expanding is not None else []
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and self._swapped is not None and param_name in self._swapped.sources
@@ -163,8 +175,12 @@ class SpecdecQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         swapped, self._swapped = self._swapped, None
+        expanding, self._expanding = self._expanding, None
         if self._failure is not None:
             raise self._failure
+        if expanding is not None:
+            expanding.done(model)
+            self.quantization_config.gaps, self.quantization_config.storage = {}, None
         if swapped is not None:
             finish(model, swapped)
             _check_values(model)

@@ -51,7 +51,6 @@ _DTYPES = {
     "U16": torch.uint16,
     "I8": torch.int8,
     "U8": torch.uint8,
-    "U16": torch.uint16,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,

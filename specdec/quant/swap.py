@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from specdec.errors import InputError
+from specdec.quant.delta_loading import Expanding
 from specdec.quant.format import Part
 from specdec.quant.layers import candidates
 from specdec.quant.linear import PREFIX, PackedLinear
@@ -159,8 +160,9 @@ def finish(model: Any, swapped: Swapped) -> None:
         raise InputError(f"the files lack {len(missing)} weights that are to be quantised, for example {missing[0]}")
 
 
-def check_files(model: Any, files: Sequence[str] | None, swapped: Swapped) -> None:
-    """`InputError` unless the files hold every tensor of the packed layers, of the right shape and dtype.
+def check_files(model: Any, files: Sequence[str] | None, swapped: Swapped, expanding: Expanding) -> None:
+    """`InputError` unless the files hold every tensor of the packed layers, of the right shape and dtype, or those
+    that one is expanded from.
 
     Only headers are read, and files that are cut off are found out.
     """
@@ -178,7 +180,13 @@ def check_files(model: Any, files: Sequence[str] | None, swapped: Swapped) -> No
                     held[name] = (key, tuple(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
             raise InputError(f"{file} is damaged or cut off: {error}; fetch or make it again") from error
+    lacking = sorted(expanding.sources - held.keys())
+    if lacking:
+        raise InputError(f"the files lack {lacking[0]}, which the model's configuration says is stored")
+    targets = expanding.targets
     for name, wanted in swapped.stored.items():
+        if name in targets:
+            continue
         if name not in held:
             advice = " (it was saved with full weights there)" if f"{name.rpartition('.')[0]}.weight" in held else ""
             raise InputError(f"the files lack {name}, which the model's recipe says is stored{advice}")
