@@ -20,7 +20,7 @@ from specdec.quant.methods.method import Stats, working
 from specdec.runtime.native import is_spread
 
 # Rows of an input that are kept where a method works on rows.
-ROWS = 1024
+ROWS = 512
 
 
 def shared_copy(model: Any) -> Any:
