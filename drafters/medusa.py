@@ -20,10 +20,11 @@ from specdec.formats import medusa as layouts
 from specdec.formats.medusa_heads import MedusaHeads, check_target
 from specdec.history import History
 from specdec.kernels import ops
+from specdec.kernels.ops import DTYPES
 from specdec.marginals import grow_marginals
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
-from specdec.runtime.native import DTYPES, NativeLinear
+from specdec.runtime.native import NativeLinear
 
 
 @dataclass(eq=False)

@@ -34,7 +34,7 @@ AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfm
 VARIANTS = {
     "avx2.cpp": ("-mavx2", "-mfma"),
     "avx512.cpp": AVX512,
-    "avx512bf16.cpp": (*AVX512, "-mavx512bf16"),
+    "avx512bf16.cpp": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
 }
 
 
@@ -63,7 +63,8 @@ def _units() -> list[Unit]:
     includes = tuple(flag for path in include_paths() for flag in ("-isystem", path))
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     openmp = ("-fopenmp",) if _openmp() else ()
-    units = [Unit(SOURCES / "ops.cpp", (f"-std={standard}", abi, *openmp, *includes))]
+    torch_flags = (f"-std={standard}", abi, *openmp, *includes)
+    units = [Unit(SOURCES / name, torch_flags) for name in ("ops.cpp", "packed_ops.cpp")]
     units.append(Unit(SOURCES / "portable.cpp", ("-std=c++17",)))
     if _is_x86():
         units += [Unit(SOURCES / name, ("-std=c++17", *flags), optional=True) for name, flags in VARIANTS.items()]

@@ -17,10 +17,18 @@ from torch import Tensor
 from specdec.errors import InputError
 from specdec.kernels.build import BuildFailure, compiled, prebuilt
 
+#: What the kernels compute in.
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+#: Whether the operators are there already: what code asks that is being traced, which must not load them.
+loaded = False
+
 
 @lru_cache(maxsize=1)
 def why_not() -> str:
     """Loads the kernels on the first call. Empty when they run here, else one line that names the cause."""
+    global loaded
     if os.environ.get("SPECDEC_NATIVE") == "0":
         return "SPECDEC_NATIVE=0"
     try:
@@ -32,6 +40,9 @@ def why_not() -> str:
         return f"SPECDEC_ISA={wish} is not one of {', '.join(found)}"
     torch.library.register_fake("specdec::linear", _fake_linear)
     torch.library.register_fake("specdec::attend", _fake_attend)
+    torch.library.register_fake("specdec::packed_linear", _fake_packed)
+    torch.library.register_fake("specdec::int8_linear", _fake_packed)
+    loaded = True
     return ""
 
 
@@ -51,6 +62,10 @@ def available() -> bool:
 
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_packed(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 def _fake_attend(

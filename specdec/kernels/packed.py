@@ -5,6 +5,7 @@ Shape suffixes: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from specdec.kernels import ops
 
 if TYPE_CHECKING:
     from specdec.quant.format import Format, Parts
@@ -22,23 +25,62 @@ SMALLEST = 1e-30
 _ROWS_ALONE = 4
 
 
+# Kinds of stored weights, as the compiled kernels number them: by what stands before the options of a format's name.
+_KINDS = {
+    "mxfp4": 0,
+    "mxfp6_e2m3": 1,
+    "mxfp6_e3m2": 2,
+    "mxfp8_e4m3": 3,
+    "mxfp8_e5m2": 4,
+    "mxint8": 5,
+    "int4": 6,
+    "sparse": 7,
+}
+
+
 def linear(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = None) -> Tensor:
     """`x [..., K]` times the stored weight `[N, K]` transposed, plus `bias [N]`: `[..., N]` in the dtype of `x`.
 
-    A row's bits do not depend on the other rows where our kernels run.
+    A row's bits do not depend on the other rows where `invariant` says so: our kernels decode the weights once for all
+    rows, and give what `ops.linear` gives of the decoded matrix.
     """
     if _on_triton(x.device):
         from specdec.kernels import triton_packed
 
         return triton_packed.linear(x, format, parts, bias)
+    if _is_compiled(x.device, format) and x.dtype in ops.DTYPES:
+        return _compiled(x, format, parts, bias)
     return reference(x, format, parts, bias)
+
+
+def _compiled(x: Tensor, format: Format, parts: Parts, bias: Tensor | None) -> Tensor:
+    family = _family(format)
+    out: Tensor
+    if family == "int8":
+        out = torch.ops.specdec.int8_linear.default(x, parts["codes"], parts["scales"], bias)
+        return out
+    codes, scales = (parts["mask"], parts["values"]) if family == "sparse" else (parts["codes"], parts["scales"])
+    group = x.shape[-1] // scales.shape[1] if family == "int4" else 32
+    out = torch.ops.specdec.packed_linear.default(x, codes, scales, parts.get("zeros"), _KINDS[family], group, bias)
+    return out
 
 
 def reference(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = None) -> Tensor:
     """The same in torch alone, on any device: weights are unpacked for each call."""
     if format.name == "int8":
         return int8_reference(x, parts["codes"], parts["scales"], bias)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.available():
+        _warn_once(format.name, ops.why_not())
     return F.linear(x, format.unpack(parts, x.dtype), bias)
+
+
+@lru_cache(maxsize=1)
+def _warn_once(name: str, reason: str) -> None:
+    warnings.warn(
+        f"{name} weights are unpacked for every product, which is slow: no compiled kernels here ({reason}). int8 is "
+        "fast without them",
+        stacklevel=4,
+    )
 
 
 def invariant(device: torch.device, format: Format) -> bool:
@@ -47,7 +89,16 @@ def invariant(device: torch.device, format: Format) -> bool:
         from specdec.kernels import triton_packed
 
         return triton_packed.family(format) is not None
-    return format.name == "int8"
+    return format.name == "int8" or _is_compiled(device, format)
+
+
+def _family(format: Format) -> str:
+    return format.name.partition("-")[0]
+
+
+def _is_compiled(device: torch.device, format: Format) -> bool:
+    known = device.type == "cpu" and (format.name == "int8" or _family(format) in _KINDS)
+    return known and (ops.loaded or (not torch.compiler.is_compiling() and ops.available()))
 
 
 def _on_triton(device: torch.device) -> bool:

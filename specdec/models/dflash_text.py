@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from specdec.errors import IncompatiblePairError
 from specdec.kernels import ops
+from specdec.kernels.ops import DTYPES
 from specdec.models.dflash import NO_LIMIT, DFlashModel, check_target
 from specdec.runtime.cache import bucket
-from specdec.runtime.native import DTYPES, NativeLinear
+from specdec.runtime.native import NativeLinear
 from specdec.vocabulary import output_size
 
 # Tokens of a prompt whose keys and values are made in one go.

@@ -14,9 +14,9 @@ from specdec import registry
 from specdec.dtypes import dtype_name
 from specdec.errors import BackendWarning, InputError, UnsupportedModelError
 from specdec.kernels import ops
+from specdec.kernels.ops import DTYPES
 from specdec.quant.kv import kv_format
 from specdec.runtime.backend import Backend
-from specdec.runtime.native import DTYPES
 
 NUMERICS = ("invariant", "fast")
 # A matrix of this many bytes lies beyond most caches, as a large model's weights do.

@@ -24,7 +24,6 @@ from specdec.quant.linear import PackedLinear
 from specdec.runtime.cache import layer_types
 
 ATTENTION = "specdec"
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Keyword arguments of attention functions that change nothing here, or that the step's own data stand for.
 _IGNORED = {
     "cache_position",
@@ -223,7 +222,7 @@ def unsupported(model: Any) -> str | None:
     devices = {p.device.type for p in model.parameters()}
     if devices != {"cpu"}:
         return f"the native kernels run on the CPU, and the model is on {', '.join(sorted(devices))}"
-    if model.dtype not in DTYPES:
+    if model.dtype not in ops.DTYPES:
         return f"the native kernels know float32, bfloat16 and float64, not {dtype_name(model.dtype)}"
     return obstacle(model)
 

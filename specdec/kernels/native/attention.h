@@ -5,7 +5,9 @@
 #pragma once
 #include <math.h>
 
+#include "int8.h"
 #include "kv.h"
+#include "packed.h"
 
 namespace {
 
@@ -273,12 +275,17 @@ static void finish(const Partial& part, int64_t num_queries, int64_t E, void* ou
   }
 }
 
-template <class F32, class A32, class B16, class F64, class A64>
+// `Decoders::get<T>(kind)`: how a variant decodes stored weights.
+template <class F32, class A32, class B16, class F64, class A64, class I8, class Decoders>
 static const Kernels* table(const char* name) {
   static const Kernels kernels = {
       name,
       F32::UNIT,
       {linear<F32>, linear<B16>, linear<F64>},
+      {packed<F32, Decoders>, packed<B16, Decoders>, packed<F64, Decoders>},
+      {packed_scratch<F32>, packed_scratch<B16>, packed_scratch<F64>},
+      {round_rows<float>, round_rows<Bf16>, round_rows<double>},
+      {int8_linear<I8, float>, int8_linear<I8, Bf16>, int8_linear<I8, double>},
       {attend<F32, A32>, attend<B16, A32>, attend<F64, A64>},
       {merge<A32>, merge<A32>, merge<A64>},
       {finish<F32, A32>, finish<B16, A32>, finish<F64, A64>},

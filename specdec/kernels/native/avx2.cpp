@@ -92,6 +92,36 @@ struct B16 {
   }
 };
 
+// Sixteen bytes, widened: pairs of products are summed in 32 bits.
+struct I8 {
+  using T = int8_t;
+  using A = int32_t;
+  using Acc = __m256i;
+  using Op = __m256i;
+  static constexpr int STEP = 16, MR = 4, UNIT = 24, OFFSET = 0;
+  static constexpr int NR(int mr) { return tile_width(mr); }
+  static INLINE Acc zero() { return _mm256_setzero_si256(); }
+  static INLINE Op load(const T* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static INLINE Op load_some(const T* p, int n) {
+    T lanes[16] = {0};
+    memcpy(lanes, p, n);
+    return load(lanes);
+  }
+  static INLINE void pin(Op& a) { __asm__("" : "+x"(a)); }
+  static INLINE void fma(Acc& acc, Op a, Op b) { acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+  template <int COUNT>
+  static INLINE void reduce(const Acc* acc, A* out) {
+#pragma GCC unroll 32
+    for (int i = 0; i < COUNT; i++) {
+      __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(acc[i]), _mm256_extracti128_si256(acc[i], 1));
+      sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+      out[i] = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+    }
+  }
+};
+
 struct Lanes32 {
   using S = float;
   using R = __m256;
@@ -140,5 +170,5 @@ struct Lanes64 {
 }  // namespace
 
 namespace specdec {
-const Kernels* avx2_kernels() { return table<F32, Lanes32, B16, F64, Lanes64>("avx2"); }
+const Kernels* avx2_kernels() { return table<F32, Lanes32, B16, F64, Lanes64, I8, PlainDecoders>("avx2"); }
 }  // namespace specdec

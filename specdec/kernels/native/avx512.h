@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
+#include "decode512.h"
 
 namespace {
 
@@ -112,6 +113,23 @@ struct F64 {
     }
   }
 };
+
+// Sums of the lanes of int32 accumulators.
+template <int COUNT>
+static INLINE void reduce_int(const __m512i* acc, int32_t* out) {
+  if constexpr (COUNT >= 4) {
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[0], acc[1]), _mm512_unpackhi_epi32(acc[0], acc[1]));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[2], acc[3]), _mm512_unpackhi_epi32(acc[2], acc[3]));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti32x8_epi32(all, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                     _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+    reduce_int<COUNT - 4>(acc + 4, out + 4);
+  } else if constexpr (COUNT > 0) {
+    *out = _mm512_reduce_add_epi32(*acc);
+    reduce_int<COUNT - 1>(acc + 1, out + 1);
+  }
+}
 
 struct Lanes32 {
   using S = float;

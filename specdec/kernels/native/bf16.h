@@ -20,6 +20,7 @@ static inline double to_float(double x) { return x; }
 
 static inline void round_to(float x, float* out) { *out = x; }
 static inline void round_to(double x, double* out) { *out = x; }
+static inline void round_to(float x, double* out) { *out = x; }
 static inline void round_to(float x, Bf16* out) {
   uint32_t word;
   memcpy(&word, &x, 4);

@@ -18,7 +18,8 @@ inline const std::vector<const Kernels*>& usable() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512bf16_kernels && avx512 && __builtin_cpu_supports("avx512bf16")) out.push_back(avx512bf16_kernels());
+    if (avx512bf16_kernels && avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+      out.push_back(avx512bf16_kernels());
     if (avx512_kernels && avx512) out.push_back(avx512_kernels());
     if (avx2_kernels && avx2) out.push_back(avx2_kernels());
 #endif

@@ -27,6 +27,42 @@ struct Linear {
   int64_t M, K, N;
 };
 
+// How the weights of a product are stored.
+enum Kind { kMxfp4, kMxfp6E2m3, kMxfp6E3m2, kMxfp8E4m3, kMxfp8E5m2, kMxint8, kInt4, kSparse, kNumKinds };
+
+struct Stored {
+  int kind;
+  int64_t group;         // inputs that share a scale
+  const uint8_t* codes;  // [N, code_bytes]: a bit string per row; kSparse: one bit per input that has a value
+  const void* scales;    // [N, num_scales]: bytes of exponents, or bfloat16; kSparse: the values in bfloat16
+  const uint8_t* zeros;  // kInt4: [N, num_scales] or null
+  int64_t code_bytes, num_scales;
+};
+
+struct Packed {
+  const void* x;  // [M, K] contiguous
+  Stored weight;
+  const void* bias;  // [N] or null
+  void* y;           // [M, N] contiguous
+  int64_t M, K, N;
+};
+
+// Rows rounded to int8, by one scale each.
+struct Rounded {
+  const int8_t* x;      // [M, K]
+  const float* scales;  // [M]
+  const int32_t* sums;  // [M], of each row's codes
+};
+
+struct Int8 {
+  Rounded rows;
+  const int8_t* weight;  // [N, K]
+  const float* scales;   // [N]
+  const void* bias;      // [N] of the type of y, or null
+  void* y;               // [M, N] contiguous
+  int64_t M, K, N;
+};
+
 // One row: it sees virtual slots j in [first, count). For j < prefix + lead that is slot j, then come the slots
 // prefix + columns[0], prefix + columns[1], ...
 struct Row {
@@ -62,6 +98,13 @@ struct Kernels {
   const char* name;
   int64_t unit;  // outputs per indivisible piece of a linear
   void (*linear[kNumTypes])(const Linear&, int64_t n_begin, int64_t n_end);
+  // The same with stored weights; `scratch` is packed_scratch bytes of its own thread's memory.
+  void (*packed[kNumTypes])(const Packed&, int64_t n_begin, int64_t n_end, void* scratch);
+  int64_t (*packed_scratch[kNumTypes])(const Packed&);
+  // Rows [M, K] to int8.
+  void (*round_rows[kNumTypes])(const void* x, int64_t M, int64_t K, int8_t* codes, float* scales, int32_t* sums);
+  // Products of int8 rows, summed exactly, then scaled; by the type of y.
+  void (*int8[kNumTypes])(const Int8&, int64_t n_begin, int64_t n_end);
   // Fills `part` from one chunk. `scores` is scratch of Q * kChunk accumulators.
   void (*attend[kNumTypes])(const Tile&, int64_t chunk, void* scores, const Partial& part);
   void (*merge[kNumTypes])(const Partial& into, const Partial& part, int64_t num_queries, int64_t E);

@@ -6,38 +6,13 @@
 #include <math.h>
 
 #include "linear.h"
+#include "rounding.h"
 
 namespace {
 
 constexpr uint32_t kInfinite = 0x7f800000u;  // bits of a float's magnitude from which on it is infinite or no number
-// Rows of smaller magnitude are divided by this, so that nothing overflows: such a row is zero for every purpose.
-constexpr float kSmallest = 1e-30f;
-// Added to a number below 2^22, this rounds it to the nearest whole one, ties to even, which stands in the lowest bits.
-constexpr float kRounder = 12582912.f;
 // E4M3: the largest exponent is 8, the bias 7, and the largest code 448; numbers below 2^-6 are multiples of 2^-9.
 constexpr uint32_t kTopExponent = 8, kLargestCode = 0x7e;
-
-static INLINE uint32_t bits_of(float x) {
-  uint32_t out;
-  memcpy(&out, &x, 4);
-  return out;
-}
-
-static INLINE float float_of(uint32_t bits) {
-  float out;
-  memcpy(&out, &bits, 4);
-  return out;
-}
-
-template <class T>
-static INLINE uint32_t largest_of(const T* row, int64_t size) {
-  int32_t top = 0;  // magnitudes compare like their bits; signed, because older processors have no other maximum
-  for (int64_t i = 0; i < size; i++) {
-    const int32_t bits = int32_t(bits_of(float(to_float(row[i]))) & 0x7fffffffu);
-    top = bits > top ? bits : top;
-  }
-  return uint32_t(top);
-}
 
 // One scale per row: the largest magnitude becomes 127. A row that is not finite comes back as NaN throughout.
 template <class T>

@@ -19,7 +19,7 @@ using namespace specdec;
 // dot_tile covers K inputs of MR x NR dot products; x is packed, vector by vector: first those of all rows at k = 0,
 // then at k = STEP, and so on, padded with zeros. `saved` carries the accumulators from one piece of K to the next; the
 // last piece gives `out`. Meanwhile a tile that comes later, at `next`, is fetched into the second-level cache.
-template <class V, int MR, int NR>
+template <class V, int MR, int NR, bool FETCH = true>
 static INLINE void dot_tile(const typename V::T* x, const typename V::T* w, int64_t ldw, const typename V::T* next,
                             int64_t K, bool first, bool last, typename V::Acc* saved, typename V::A* out) {
   typename V::Acc acc[MR * NR];
@@ -29,7 +29,7 @@ static INLINE void dot_tile(const typename V::T* x, const typename V::T* w, int6
   const auto step = [&](int64_t k, int parity) INLINE_LAMBDA {
 #pragma GCC unroll 16
     for (int j = 0; j < NR; j++)
-      if (NR <= 4 || j % 2 == parity) __builtin_prefetch(next + j * ldw + k, 0, 2);
+      if (FETCH && (NR <= 4 || j % 2 == parity)) __builtin_prefetch(next + j * ldw + k, 0, 2);
     if constexpr (MR < NR) {  // the fewer operands stay in registers
       typename V::Op a[MR];
 #pragma GCC unroll 16

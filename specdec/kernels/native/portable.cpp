@@ -86,6 +86,40 @@ struct B16 {
   }
 };
 
+// Sixteen bytes at a time; a product of two fits sixteen bits.
+struct I8 {
+  typedef int8_t Op __attribute__((vector_size(16)));
+  typedef int16_t Wide __attribute__((vector_size(32)));
+  typedef int32_t Acc __attribute__((vector_size(64)));
+  using T = int8_t;
+  using A = int32_t;
+  static constexpr int STEP = 16, MR = 4, UNIT = 12, OFFSET = 0;
+  static constexpr int NR(int mr) { return mr == 1 ? 2 : 1; }
+  static INLINE Acc zero() { return Acc{}; }
+  static INLINE Op load(const T* p) {
+    Op out;
+    memcpy(&out, p, sizeof(out));
+    return out;
+  }
+  static INLINE Op load_some(const T* p, int n) {
+    Op out{};
+    memcpy(&out, p, n);
+    return out;
+  }
+  static INLINE void pin(Op&) {}
+  static INLINE void fma(Acc& acc, Op a, Op b) {
+    const Wide products = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+    acc += __builtin_convertvector(products, Acc);
+  }
+  template <int COUNT>
+  static INLINE void reduce(const Acc* acc, A* out) {
+    for (int i = 0; i < COUNT; i++) {
+      out[i] = 0;
+      for (int l = 0; l < 16; l++) out[i] += acc[i][l];
+    }
+  }
+};
+
 template <class Scalar, class Reg, int LANES>
 struct Lanes {
   using S = Scalar;
@@ -120,6 +154,6 @@ struct Lanes {
 
 namespace specdec {
 const Kernels* portable_kernels() {
-  return table<F32, Lanes<float, f4, 4>, B16, F64, Lanes<double, d2, 2>>("portable");
+  return table<F32, Lanes<float, f4, 4>, B16, F64, Lanes<double, d2, 2>, I8, PlainDecoders>("portable");
 }
 }  // namespace specdec
