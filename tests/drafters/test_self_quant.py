@@ -1,8 +1,9 @@
-"""A quantised target as its own draft: its products, what it shares, what it costs, and what is refused."""
+"""A target that drafts for itself in fewer bits: its products, what it shares, what it costs, and what is refused."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +14,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import specdec
-from specdec.errors import InputError, UnsupportedModelError
+from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelError
+from specdec.kernels.packed import int8_product
 from specdec.policy import Fixed
-from specdec.runtime import quantised as schemes
+from specdec.quant.format import parse
+from specdec.quant.linear import PackedLinear, named_packed
 from specdec.runtime.backends.eager import EagerBackend
-from specdec.runtime.quantised import Int8Linear, QuantisedModel, Scheme, int8_product, register_scheme
+from specdec.runtime.quantised import QuantisedModel, quantised
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
+# Of layers that every format can take.
+WIDE = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
 
 
-def decoder(model: Any, scheme: str = "int8", k: int = 4) -> specdec.SpeculativeDecoder:
+def decoder(model: Any, scheme: Any = "int8", k: int = 4) -> specdec.SpeculativeDecoder:
     return specdec.SpeculativeDecoder(model, drafter=SelfQuantDrafter(scheme), policy=Fixed(k), backend="eager")
 
 
@@ -36,12 +41,12 @@ def test_the_int8_product_is_exact(num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_layer_is_off_by_its_rounding(dtype: torch.dtype) -> None:
+def test_an_int8_layer_is_off_by_its_rounding(dtype: torch.dtype) -> None:
     """Each factor is rounded to steps of 1/127 of its scale: errors of uniform law, which add up in squares."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 256, generator=generator) * torch.logspace(-3, 3, 48)[:, None]
     x, bias = torch.randn(2, 6, 256, generator=generator), torch.randn(48, generator=generator)
-    layer = Int8Linear(weight.to(dtype), bias.to(dtype))
+    layer = PackedLinear.of(weight.to(dtype), bias.to(dtype), parse("int8"))
     out = layer(x.to(dtype))
     assert out.dtype == dtype
     assert out.shape == (2, 6, 48)
@@ -57,13 +62,14 @@ def test_a_layer_is_off_by_its_rounding(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_everything_but_the_products_is_the_targets_own(name: str) -> None:
     model = tiny_models.tiny(name)
-    draft = schemes.quantised(model, "int8")
+    draft = quantised(model, "int8")
     assert not [m for m in draft.modules() if type(m) in (nn.Linear, Conv1D)]
     own = {id(p) for p in model.parameters()}
     assert all(id(p) in own for p in draft.parameters())
     assert model.get_input_embeddings().weight is draft.inner.get_input_embeddings().weight
-    products = [m for m in draft.modules() if isinstance(m, Int8Linear)]
-    assert draft.num_weight_bytes == sum(m.weight.numel() + 4 * len(m.scale_N) for m in products)
+    products = named_packed(draft).values()
+    assert draft.num_weight_bytes == sum(m.out_features * (m.in_features + 4) for m in products)
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
 
 
 def test_a_draft_computes_what_it_drafts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,54 +97,63 @@ def test_int8_drafts_are_nearly_always_right() -> None:
 
 
 def test_experts_keep_their_weights() -> None:
-    draft = schemes.quantised(tiny_models.tiny("mixtral"), "int8")
+    draft = quantised(tiny_models.tiny("mixtral"), "int8")
     kept = [n for n, p in draft.named_parameters() if "expert" in n and p.ndim == 3]
     assert kept
-    assert any(isinstance(m, Int8Linear) for m in draft.modules())
+    assert any(isinstance(m, PackedLinear) for m in draft.modules())
 
 
-def test_schemes_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Halved(Scheme):
-        def obstacle(self, device: torch.device) -> str | None:
-            return None if device.type == "cpu" else "CPU only"
-
-        def product(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> nn.Module:
-            layer = nn.Linear(weight_NK.shape[1], weight_NK.shape[0], bias_N is not None, dtype=weight_NK.dtype)
-            layer.weight = nn.Parameter(weight_NK.detach().half().to(weight_NK.dtype))
-            layer.bias = bias_N
-            return layer
-
-    class Nowhere(Halved):
-        def obstacle(self, device: torch.device) -> str | None:
-            return f"no {device.type} has it"
-
-    monkeypatch.setattr(schemes, "SCHEMES", dict(schemes.SCHEMES))
-    register_scheme("half", Halved())
-    register_scheme("nowhere", Nowhere())
-    model = tiny_models.tiny("llama")
-    out = decoder(model, "half").generate(PROMPT, max_new_tokens=20, strict=True)
+@pytest.mark.parametrize(
+    "scheme", ["mxfp8_e4m3", "mxfp4", "int4", "sparse-60", {"default": "mxint8", "rules": [["down_proj", None]]}]
+)
+def test_any_format_and_any_recipe_is_a_scheme(scheme: Any) -> None:
+    model = tiny_models.tiny("llama", **WIDE)
+    made = decoder(model, scheme)
+    out = made.generate(PROMPT, max_new_tokens=20, strict=True)
     assert out.tokens == tiny_models.reference(model, PROMPT, 20)
-    assert out.stats.mean_acceptance_length > 4
-    with pytest.raises(
-        UnsupportedModelError, match=r"LlamaForCausalLM cannot draft with nowhere weights.*no cpu has it"
-    ):
-        decoder(model, "nowhere")
-    with pytest.raises(InputError, match="there are: half, int8, nowhere"):
+    stored = named_packed(made.backend.draft.model)
+    assert len(stored) == {"sparse-60": 14}.get(scheme, 15) if isinstance(scheme, str) else len(stored) == 13
+    assert made.drafter.target_backend(made.backend, model) is made.backend
+
+
+def test_schemes_that_do_not_fit() -> None:
+    model = tiny_models.tiny("llama")  # of 16 inputs
+    with pytest.raises(InputError, match=r"o_proj.*cannot be stored as mxfp4|q_proj.*cannot be stored as mxfp4"):
+        decoder(model, "mxfp4")
+    with pytest.raises(InputError, match="did you mean 'int8'"):
         decoder(model, "int3")
-    with pytest.raises(InputError, match="already"):
-        register_scheme("int8", Halved())
+    with pytest.raises(InputError, match=r"awq looks at activations.*specdec quantize"):
+        decoder(model, {"default": "int8", "method": "awq"})
+    made = decoder(model)
+    with pytest.raises(IncompatiblePairError, match="another drafter asked for"):
+        SelfQuantDrafter({"default": "int8", "head": "keep"}).target_backend(made.backend, model)
 
 
-def test_a_quantised_target_is_refused() -> None:
+def test_a_target_of_another_library_is_refused() -> None:
     model = tiny_models.tiny("llama")
     model.hf_quantizer = object()
-    with pytest.raises(UnsupportedModelError, match="quantised already"):
+    with pytest.raises(UnsupportedModelError, match="stored by another library"):
         decoder(model)
 
 
-def test_a_model_can_be_made_again_without_weights() -> None:
+def test_a_target_with_stored_weights_drafts_with_smaller_ones(tmp_path: Path) -> None:
+    tiny_models.tiny("llama", dtype=torch.float32, **WIDE).save_pretrained(tmp_path)
+    options = {"policy": Fixed(3), "backend": "eager", "dtype": "float64", "quantize": "mxint8"}
+    made = specdec.load(tmp_path, "self_quant", drafter_options={"scheme": "mxfp4"}, **options)
+    target, draft = named_packed(made.target), named_packed(made.backend.draft.model.inner)
+    assert {layer.format.name for layer in draft.values()} == {"mxfp4"}
+    codes = parse("mxfp4").pack(target["lm_head"].weight_in(torch.float32))["codes"]
+    assert torch.equal(draft["lm_head"].parts["codes"], codes)
+    out = made.generate(PROMPT, max_new_tokens=16, strict=True)
+    assert out.tokens == made.generate_plain(PROMPT, max_new_tokens=16).tokens
+    with pytest.raises(UnsupportedModelError, match="costs as much as the target"):
+        specdec.load(tmp_path, "self_quant", drafter_options={"scheme": "mxint8"}, **options)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "sparse"])
+def test_a_model_can_be_made_again_without_weights(scheme: str) -> None:
     """What a process that compiles it in the background starts from: its class, and its configuration as data."""
-    made = schemes.quantised(tiny_models.tiny("gemma3", dtype=torch.bfloat16), "int8")
+    made = quantised(tiny_models.tiny("gemma3", dtype=torch.bfloat16, **WIDE), scheme)
     config = QuantisedModel.config_class.from_dict(made.config.to_dict())
     twin = QuantisedModel._from_config(config, dtype=torch.bfloat16)
     shapes = [{name: (t.shape, t.dtype) for name, t in model.state_dict().items()} for model in (made, twin)]
