@@ -69,7 +69,7 @@ def refuse_prompts(texts: Iterable[str], evaluation: Sequence[str] | None = None
         for prompt in prompts:
             if prompt in text or (len(text) >= _TELLING and text in prompt):
                 raise InputError(
-                    f"the calibration text holds an evaluation prompt ({prompt[:40]!r}…): figures on it would say "
+                    f"the text holds an evaluation prompt ({prompt[:40]!r}…): figures on it would say "
                     "nothing; give other text"
                 )
 
@@ -136,7 +136,9 @@ def from_model(
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
     start = 1 if opening is None else 2
     context = getattr(config, "max_position_embeddings", None) or length
-    what = SelfGeneration(rows, max(min(length, context), start + 1), prompt_tokens=start, temperatures=(1.0,), seed=seed)
+    what = SelfGeneration(
+        rows, max(min(length, context), start + 1), prompt_tokens=start, temperatures=(1.0,), seed=seed
+    )
     drawn = np.random.default_rng(seed).permutation([i for i in range(vocab_size) if i not in special])
     ids: list[list[int]] = []
     with tempfile.TemporaryDirectory() as aside:
