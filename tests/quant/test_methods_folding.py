@@ -107,7 +107,9 @@ def test_a_wrong_fold_is_refused(producer):
     walk = Walk(shared_copy(model), tokens())
     anatomy = Anatomy.of(walk.blocks[0], walk.hidden[0], walk.calls[0][0])
     plain = anatomy.output()
-    group = next(g for g in anatomy.groups() if g.layers[0] == ("mlp.down_proj" if "mlp" in producer else "self_attn.o_proj"))
+    group = next(
+        g for g in anatomy.groups() if g.layers[0] == ("mlp.down_proj" if "mlp" in producer else "self_attn.o_proj")
+    )
     width = 24 if "mlp" in producer else 16
     right = producer == "self_attn.v_proj"
     assert anatomy.is_exact(group, Fold(producer, LINEAR, torch.arange(width)), plain) == right

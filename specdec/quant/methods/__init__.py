@@ -3,11 +3,12 @@
     tokens = calibration.tokens("corpus.txt", model, tokenizer)
     model = prepare_model(model, {"default": "int4", "method": "awq"}, tokens)
 
-rtn rounds each weight to the nearest; awq, gptq and smoothquant look at activations on a calibration text first. Another
-package adds a method by `register_method`: a frozen dataclass under `Method`, whose fields are options of a recipe.
+rtn rounds each weight to the nearest; awq, gptq, smoothquant and wanda look at activations on a calibration text first.
+Another package adds a method by `register_method`: a frozen dataclass under `Method`, whose fields are options of a
+recipe.
 """
 
-from specdec.quant.methods import awq, calibration, gptq, rtn, smoothquant  # registers the methods
+from specdec.quant.methods import awq, calibration, gptq, rtn, smoothquant, wanda  # registers the methods
 from specdec.quant.methods.engine import Run, apply, prepare_model
 from specdec.quant.methods.method import Linear, Method, Prepared, Stats, create, method_names, register_method
 
@@ -27,4 +28,5 @@ __all__ = [
     "register_method",
     "rtn",
     "smoothquant",
+    "wanda",
 ]

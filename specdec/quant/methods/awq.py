@@ -73,9 +73,7 @@ def search(
     for step in range(grid + 1):
         s_K = shared(mean_K ** (step / grid))
         s_K = s_K / (s_K.max() * s_K.min()).sqrt()
-        error = sum(
-            output_error(layer, rows_TK, s_K, exact) for layer, exact in zip(layers, wanted, strict=True)
-        )
+        error = sum(output_error(layer, rows_TK, s_K, exact) for layer, exact in zip(layers, wanted, strict=True))
         if error < least:
             best_K, least = s_K, float(error)
     return best_K

@@ -168,11 +168,11 @@ class Anatomy:
         named = {f"{fold.producer}.{name}": tensor for name, tensor in producer.items()}
         alone = (self.output(consumers) - plain).double().norm()
         both = (self.output({**consumers, **named}) - plain).double().norm()
-        return bool(torch.isfinite(alone) & (alone > 0) & (both <= _TOLERANCE.get(plain.dtype, _TOLERANCE_NARROW) * alone))
+        return bool(
+            torch.isfinite(alone) & (alone > 0) & (both <= _TOLERANCE.get(plain.dtype, _TOLERANCE_NARROW) * alone)
+        )
 
-    def find_folds(
-        self, head_width: int | None, allowed: Callable[[Group, Fold], str | None]
-    ) -> list[Group]:
+    def find_folds(self, head_width: int | None, allowed: Callable[[Group, Fold], str | None]) -> list[Group]:
         """The groups, each with the fold that is exact and `allowed` (which gives a reason against it, or None)."""
         groups, plain = self.groups(), self.output()
         for group in groups:
