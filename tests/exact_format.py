@@ -1,4 +1,4 @@
-"""A format that rounds nothing, and a method that scales by chance: whatever changes the output then is folded wrongly."""
+"""A format that rounds nothing, and a method that scales by chance: what changes an output then is folded wrongly."""
 
 from __future__ import annotations
 

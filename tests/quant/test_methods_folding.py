@@ -86,19 +86,23 @@ def test_all_four_inputs_of_a_block_take_scales(name):
 
 def test_norms_that_add_one_to_their_weight():
     found = folds(made("gemma2"))
-    assert found["self_attn.q_proj"] == "input_layernorm" and found["mlp.gate_proj"] == "pre_feedforward_layernorm"
+    assert found["self_attn.q_proj"] == "input_layernorm"
+    assert found["mlp.gate_proj"] == "pre_feedforward_layernorm"
     prepared = apply(made("gemma2"), RECIPE, tokens())
     old = made("gemma2").state_dict()["model.layers.0.input_layernorm.weight"]
     new = prepared.changed["model.layers.0.input_layernorm.weight"]
     ratio = (1 + old) / (1 + new)
-    assert ratio.min() >= 0.25 - 1e-9 and ratio.max() <= 4 + 1e-9 and ratio.std() > 0.1
+    assert ratio.min() >= 0.25 - 1e-9
+    assert ratio.max() <= 4 + 1e-9
+    assert ratio.std() > 0.1
 
 
 def test_folds_are_found_by_what_modules_do():
     assert folds(opt())["fc2"] == "fc1", "a ReLU lets positive scales through"
     assert "no norm or linear layer" in folds(made("gpt-neox"))["mlp.dense_4h_to_h"], "a GELU does not"
     found = folds(bitnet())
-    assert found["self_attn.o_proj"] == "self_attn.attn_sub_norm" and found["mlp.down_proj"] == "mlp.ffn_sub_norm"
+    assert found["self_attn.o_proj"] == "self_attn.attn_sub_norm"
+    assert found["mlp.down_proj"] == "mlp.ffn_sub_norm"
 
 
 @pytest.mark.parametrize("producer", ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "self_attn.v_proj"])
@@ -135,7 +139,8 @@ def test_a_norm_in_bfloat16_takes_scales_that_it_can_hold():
     prepared = apply(model, {**RECIPE, "options": {"only": "norm"}}, tokens())
     name = "model.layers.1.input_layernorm.weight"
     old, new = model.state_dict()[name].double(), prepared.changed[name]
-    assert new.dtype == torch.bfloat16 and not torch.equal(old, new.double())
+    assert new.dtype == torch.bfloat16
+    assert not torch.equal(old, new.double())
     stored = prepared.parts["model.layers.1.self_attn.k_proj"]["codes"]
     weight = model.state_dict()["model.layers.1.self_attn.k_proj.weight"].double()
     torch.testing.assert_close(stored * new.double(), weight * old, rtol=1e-6, atol=1e-9)

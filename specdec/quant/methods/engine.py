@@ -1,4 +1,4 @@
-"""A recipe's method at work on a model, block by block: look at the inputs, fold scales, round, go on with what came out.
+"""A recipe's method at work on a model, block by block: look at inputs, fold scales, round, go on with what came out.
 
 Shape suffixes: B rows, T tokens, N outputs, K inputs, P channels of the module that a scale is folded into.
 """
@@ -47,9 +47,9 @@ def apply(
 def prepare_model(
     model: Any, recipe: Any, calibration_tokens: Tensor | None = None, *, progress: Told | None = None
 ) -> Any:
-    """A copy of the model with packed layers, as `apply` makes them, for use in memory; `.quantisation_notes` is a list.
+    """A copy of the model with packed layers, as `apply` makes them, for use in memory.
 
-    It shares all other tensors with the model, which stays as it is. Lossless: no, weights are rounded.
+    Its `quantisation_notes` say what was left out. It shares all other tensors with the model, which stays as it is. Lossless: no, weights are rounded.
     """
     run = Run(model, recipe, calibration_tokens, progress)
     notes = Prepared()

@@ -57,7 +57,7 @@ def have(value: Tensor | None, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """One layer of a group: its module name, its weight `[N, K]` in float32 (float64 where the model is), its format."""
+    """One layer of a group: its name, its weight `[N, K]` in float32 (float64 where the model is), its format."""
 
     name: str
     weight_NK: Tensor
@@ -72,7 +72,7 @@ class Method(ABC):
         """Fields of `Stats` that it reads. Empty: it needs no calibration text."""
         return frozenset()
 
-    def check(self, name: str, format: Format) -> None:
+    def check(self, name: str, format: Format) -> None:  # noqa: B027 - most can work on anything
         """`InputError` when the method cannot work on the module `name` in this format."""
 
     def scales(

@@ -56,7 +56,7 @@ class SmoothQuant(Method):
 
 
 def migration(amax_K: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
-    """The scales `[K]` of an input with these largest magnitudes that these weights `[N, K]` read. Unused channels: 1."""
+    """The scales `[K]` of an input with these largest magnitudes, read by these weights `[N, K]`; 1 if unused."""
     weight_K = reduce(torch.maximum, (weight.abs().amax(0) for weight in weights)).to(amax_K)
     s_K = amax_K**alpha / weight_K ** (1 - alpha)
     return torch.where((amax_K > 0) & (weight_K > 0), s_K, 1.0).clamp(1 / _WIDEST, _WIDEST)
