@@ -123,6 +123,8 @@ def load_model(
                 "model.save_pretrained(folder), which writes safetensors"
             ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            first += "; it is a library that the model needs and that is not installed"
         raise UnsupportedModelError(f"cannot load a model from {source}: {first}") from error
     missing = sorted(report["missing_keys"])
     if missing and (getattr(model, "hf_quantizer", None) is None or is_ours(model)):
