@@ -117,10 +117,10 @@ class SlotLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return (
-            self._put(self.keys, self.key_scales, key_states),
-            self._put(self.values, self.value_scales, value_states),
-        )
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        return self._put(keys, self.key_scales, key_states), self._put(values, self.value_scales, value_states)
 
     def _put(self, codes: Tensor, scales: Tensor | None, rows: Tensor) -> Tensor:
         """Write the step's rows, and read all up to them."""
