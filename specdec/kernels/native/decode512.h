@@ -8,11 +8,10 @@
 
 namespace {
 
-// For each scale the values of the codes, in bfloat16: of 4 bits twice, so that a fifth bit of the index does not
-// matter; of 6 bits all 64; of 8 bits the 128 without a sign.
+// For each scale the values of the codes, in bfloat16; of codes of 8 bits the 128 without a sign.
 template <class E>
 struct Table {
-  static constexpr int SIZE = E::BITS == 4 ? 32 : E::BITS == 6 ? 64 : 128;
+  static constexpr int SIZE = E::BITS == 8 ? 128 : 1 << E::BITS;
   alignas(64) uint16_t values[256][SIZE];
   Table() {
     for (int scale = 0; scale < 256; scale++)
@@ -25,7 +24,7 @@ struct Table {
         }
         Bf16 out[kBlock];
         mx_block<E>(codes, uint8_t(scale), out);
-        memcpy(values[scale] + first, out, sizeof(out));
+        memcpy(values[scale] + first, out, sizeof(out) < sizeof(values[0]) ? sizeof(out) : sizeof(values[0]));
       }
   }
 };
@@ -40,15 +39,18 @@ static INLINE void ask(const uint8_t* from, int64_t ahead) {
   if (ahead) __builtin_prefetch(from + ahead, 0, 2);
 }
 
-// Shifts by products: they leave the units free that permute.
-
-// Sixteen bytes as 32 words whose low four bits are the codes, in order; above them lies the neighbour.
-static INLINE __m512i nibbles(const uint8_t* from) {
-  const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  const __m512i twice = _mm512_shuffle_epi8(
-      bytes, _mm512_set_epi64(0x0f800f800e800e80, 0x0d800d800c800c80, 0x0b800b800a800a80, 0x0980098008800880,
-                              0x0780078006800680, 0x0580058004800480, 0x0380038002800280, 0x0180018000800080));
-  return _mm512_mulhi_epu16(twice, _mm512_set1_epi32(0x00100100));  // by 8 bits, and by 12
+// Sixteen bytes to the 32 values of their codes: `values` has one for each code. Shifts are products, which leave the
+// units free that permute; and two halves take less time than one whole.
+static INLINE void look_up(const uint8_t* from, __m256i values, Bf16* out) {
+  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i shifts = _mm256_set1_epi32(0x10000100);  // a byte on top of each word moves down by 8 bits, and by 12
+  const __m256i low = _mm256_shuffle_epi8(bytes, _mm256_set_epi64x(0x0780078006800680, 0x0580058004800480,
+                                                                   0x0380038002800280, 0x0180018000800080));
+  const __m256i high = _mm256_shuffle_epi8(bytes, _mm256_set_epi64x(0x0f800f800e800e80, 0x0d800d800c800c80,
+                                                                    0x0b800b800a800a80, 0x0980098008800880));
+  __m256i* to = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(to, _mm256_permutexvar_epi16(_mm256_mulhi_epu16(low, shifts), values));
+  _mm256_storeu_si256(to + 1, _mm256_permutexvar_epi16(_mm256_mulhi_epu16(high, shifts), values));
 }
 
 static void decode_mxfp4(const Stored& weight, int64_t n, int64_t k, int64_t length, Bf16* out, int64_t ahead) {
@@ -57,8 +59,8 @@ static void decode_mxfp4(const Stored& weight, int64_t n, int64_t k, int64_t len
   const uint8_t* scales = static_cast<const uint8_t*>(weight.scales) + n * weight.num_scales + k / kBlock;
   for (int64_t b = 0; b < length / kBlock; b++) {
     if (b % 4 == 0) ask(codes + b * 16, ahead);
-    const __m512i values = _mm512_load_si512(table.values[scales[b]]);
-    _mm512_storeu_si512(out + b * kBlock, _mm512_permutexvar_epi16(nibbles(codes + b * 16), values));
+    look_up(codes + b * 16, _mm256_load_si256(reinterpret_cast<const __m256i*>(table.values[scales[b]])),
+            out + b * kBlock);
   }
 }
 
@@ -126,55 +128,74 @@ static void decode_mxint8(const Stored& weight, int64_t n, int64_t k, int64_t le
   }
 }
 
-// Products of the sixteen points with a scale may be subnormal, which the conversion below would flush.
-static INLINE bool is_tiny(Bf16 scale) { return (scale.bits & 0x7f80) < (16 << 7); }
+#endif
 
-static void decode_int4_groups(const Stored& weight, int64_t n, int64_t k, int64_t length, Bf16* out, int64_t ahead) {
-  const int64_t group = weight.group, blocks = group / kBlock;
+// Whether all products of the sixteen points with a scale are normal numbers.
+static INLINE bool is_plain(Bf16 scale) {
+  return uint32_t((scale.bits & 0x7fff) - (16 << 7)) < uint32_t(224 << 7);
+}
+
+// The products of the sixteen points of symmetric int4 with the 128 significands of a scale. The scale's sign and
+// exponent are added where they stand, but for zero.
+struct Points {
+  alignas(64) uint16_t values[128][16];
+  Points() {
+    for (int m = 0; m < 128; m++)
+      for (int q = 0; q < 16; q++) {
+        Bf16 out;
+        round_to(float(q - 8) * to_float(Bf16{uint16_t(127 << 7 | m)}), &out);
+        values[m][q] = q == 8 ? 0 : uint16_t(out.bits - (127 << 7));
+      }
+  }
+};
+
+template <int GROUP>
+static void decode_int4_symmetric(const Stored& weight, int64_t n, int64_t k, int64_t length, Bf16* out,
+                                  int64_t ahead) {
+  static const Points points;
   const uint8_t* codes = weight.codes + n * weight.code_bytes + k / 2;
-  const Bf16* scales = static_cast<const Bf16*>(weight.scales) + n * weight.num_scales + k / group;
-  const uint8_t* zeros = weight.zeros ? weight.zeros + n * weight.num_scales + k / group : nullptr;
-  const __m512 points = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512 symmetric = _mm512_sub_ps(points, _mm512_set1_ps(8));
-  const __m512i high = _mm512_set1_epi32(int(0xffff0000u)), low = _mm512_set1_epi16(15), later = _mm512_set1_epi16(16);
-  int64_t g = 0;
-  for (; g + 2 <= length / group; g += 2) {  // two groups: one table has sixteen values for each
-    const uint8_t* from = codes + g * group / 2;
-    if (__builtin_expect(is_tiny(scales[g]) || is_tiny(scales[g + 1]), 0)) {
-      for (int64_t b = 0; b < 2 * blocks; b++)
-        int4_block(from + b * 16, to_float(scales[g + b / blocks]), zeros ? zeros[g + b / blocks] : 8,
-                   out + g * group + b * kBlock);
+  const Bf16* scales = static_cast<const Bf16*>(weight.scales) + n * weight.num_scales + k / GROUP;
+  for (int64_t g = 0; g < length / GROUP; g++, codes += GROUP / 2, out += GROUP) {
+    const Bf16 scale = scales[g];
+    ask(codes, ahead);
+    if (__builtin_expect(!is_plain(scale), 0)) {
+      for (int j = 0; j < GROUP; j += kBlock) int4_block(codes + j / 2, to_float(scale), 8, out + j);
       continue;
     }
-    int pair;
-    memcpy(&pair, scales + g, 4);
-    const __m512i both = _mm512_set1_epi32(pair);
-    __m512 first = symmetric, second = symmetric;
-    if (zeros) {
-      first = _mm512_sub_ps(points, _mm512_set1_ps(float(zeros[g])));
-      second = _mm512_sub_ps(points, _mm512_set1_ps(float(zeros[g + 1])));
+    const __m256i unit = _mm256_load_si256(reinterpret_cast<const __m256i*>(points.values[scale.bits & 127]));
+    const __m256i values =
+        _mm256_mask_add_epi16(unit, __mmask16(0xfeff), unit, _mm256_set1_epi16(int16_t(scale.bits & 0xff80)));
+#pragma GCC unroll 4
+    for (int j = 0; j < GROUP; j += kBlock) look_up(codes + j / 2, values, out + j);
+  }
+}
+
+#ifdef __AVX512BF16__
+static void decode_int4_zeros(const Stored& weight, int64_t n, int64_t k, int64_t length, Bf16* out, int64_t ahead) {
+  const int64_t group = weight.group;
+  const uint8_t* codes = weight.codes + n * weight.code_bytes + k / 2;
+  const Bf16* scales = static_cast<const Bf16*>(weight.scales) + n * weight.num_scales + k / group;
+  const uint8_t* zeros = weight.zeros + n * weight.num_scales + k / group;
+  const __m512 points = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t i = 0; i < length; i += group, scales++, zeros++) {
+    if (__builtin_expect(!is_plain(*scales), 0)) {
+      for (int64_t j = i; j < i + group; j += kBlock) int4_block(codes + j / 2, to_float(*scales), *zeros, out + j);
+      continue;
     }
-    first = _mm512_mul_ps(first, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
-    second = _mm512_mul_ps(second, _mm512_castsi512_ps(_mm512_and_si512(both, high)));
-    const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    Bf16* to = out + g * group;
-    for (int64_t b = 0; b < blocks; b++) {
-      if (b % 4 == 0) ask(from + b * 16, ahead);
-      const __m512i index = _mm512_and_si512(nibbles(from + b * 16), low);
-      _mm512_storeu_si512(to + b * kBlock, _mm512_permutexvar_epi16(index, values));
-    }
-    from += group / 2;
-    to += group;
-    for (int64_t b = 0; b < blocks; b++) {
-      // nibble & 15 | 16
-      const __m512i index = _mm512_ternarylogic_epi32(nibbles(from + b * 16), low, later, 0xea);
-      _mm512_storeu_si512(to + b * kBlock, _mm512_permutexvar_epi16(index, values));
+    const __m512 apart = _mm512_sub_ps(points, _mm512_set1_ps(float(*zeros)));
+    const __m256i values = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(apart, _mm512_set1_ps(to_float(*scales))));
+    for (int64_t j = i; j < i + group; j += kBlock) {
+      if (j % 128 == 0) ask(codes + j / 2, ahead);
+      look_up(codes + j / 2, values, out + j);
     }
   }
-  for (; g < length / group; g++)
-    for (int64_t b = 0; b < blocks; b++)
-      int4_block(codes + g * group / 2 + b * 16, to_float(scales[g]), zeros ? zeros[g] : 8,
-                 out + g * group + b * kBlock);
+}
+
+static void decode_int4_any(const Stored& weight, int64_t n, int64_t k, int64_t length, Bf16* out, int64_t ahead) {
+  if (weight.zeros) return decode_int4_zeros(weight, n, k, length, out, ahead);
+  if (weight.group == 32) return decode_int4_symmetric<32>(weight, n, k, length, out, ahead);
+  if (weight.group == 64) return decode_int4_symmetric<64>(weight, n, k, length, out, ahead);
+  decode_int4_symmetric<128>(weight, n, k, length, out, ahead);
 }
 #endif
 
@@ -218,7 +239,7 @@ struct Decoders512 {
         case kMxint8:
           return decode_mxint8;
         case kInt4:
-          return decode_int4_groups;
+          return decode_int4_any;
 #endif
         case kSparse:
           if (spreads) return decode_spread;
