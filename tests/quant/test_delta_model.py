@@ -118,6 +118,7 @@ DAMAGES = {
     "cut": (lambda t: t.update({f"{LAYER}.weight_gaps": t[f"{LAYER}.weight_gaps"][:-1]}), f"'gaps' of {LAYER}"),
     "long": (lambda t: t.update({f"{LAYER}.weight_values": t[f"{LAYER}.weight_values"].repeat(2)}), f"of {LAYER}"),
     "counts": (lambda t: t[f"{LAYER}.weight_counts"].fill_(60), f"of {LAYER}"),
+    "nothing": (lambda t: [t.pop(f"{LAYER}.weight_{part}") for part in ("values", "gaps", "counts")], f"lack {LAYER}"),
     "missing": (lambda t: t.pop(f"{LAYER}.weight_counts"), f"lack {LAYER}.weight_counts"),
 }
 

@@ -222,6 +222,14 @@ def test_in_place_and_progress():
     assert len(told) == 14
 
 
+def test_wanda_looks_without_dropout():
+    model, ids = tiny_models.tiny("gpt2"), tokens()
+    expected = wanda(model, ids, 0.5)
+    assert model.config.resid_pdrop > 0
+    assert same(wanda(model.train(), ids, 0.5), expected)
+    assert model.training
+
+
 def test_the_sparse_format_stores_what_wanda_left():
     """Though other weights are larger."""
     model = tiny_models.tiny("llama", hidden_size=32, intermediate_size=64, head_dim=16, dtype=torch.bfloat16)
@@ -403,6 +411,8 @@ def test_pruning_in_steps_never_brings_a_weight_back():
     with torch.no_grad():
         for module in inner(model).values():
             module.weight.fill_(9.0)  # large where weights were dropped as well
+    masks.prune(0.75)
+    assert set(masks.sparsity.values()) == {0.75}  # what was dropped takes no other's place
     masks.prune("1:8")
     now = zeros(model)
     assert all((now[layer] | ~gone[layer]).all() for layer in gone)

@@ -94,7 +94,8 @@ def test_a_pruned_weight_keeps_exactly_its_nonzeros(name):
 def test_zeros_are_stored_in_one_way():
     """Negative zeros and numbers too small for bfloat16 are zeros like others: the first are stored, as +0."""
     weight = torch.zeros(1, 32)
-    weight[0, 31], weight[0, 30], weight[0, 29] = 1.0, -0.0, 1e-45
+    weight[0, 31], weight[0, 30], weight[0, 29] = 1.0, -1e-45, 1e-45
+    weight[0, 2] = -0.0
     parts = Sparse(80).pack(weight)
     assert bits(parts["mask"][0]) == {0, 1, 2, 3, 4, 5, 31}
     assert parts["values"].view(torch.int16).tolist() == [[0] * 6 + [0x3F80]]
