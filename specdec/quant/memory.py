@@ -16,6 +16,7 @@ from specdec.quant.report import Report
 # Weights that are rounded at once, and bytes that each of them may take meanwhile: 3 were the most that was measured of
 # any built-in format, and others may be less thrifty.
 CHUNK, PER_WEIGHT = 1 << 22, 8
+_BESIDES = 16 << 20  # what allocators keep, buffers of files
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -61,13 +62,15 @@ def of_stream(report: Report, max_shard: int) -> Estimate:
     """When tensors are read from files one at a time: a shard, one layer above it, and the rounding of some rows."""
     largest = max(layer.after for layer in report.layers)
     rounding = PER_WEIGHT * min(CHUNK, max(layer.weights for layer in report.layers))
-    return Estimate(report.before, report.after, min(max_shard, report.after) + largest + rounding, report.after)
+    peak = min(max_shard, report.after) + largest + rounding + _BESIDES
+    return Estimate(report.before, report.after, peak, report.after)
 
 
 def of_loaded(report: Report, method: int = 0) -> Estimate:
     """When the whole model is in memory until the whole result is there; `method`: what its method takes besides."""
     rounding = PER_WEIGHT * min(CHUNK, max(layer.weights for layer in report.layers))
-    return Estimate(report.before, report.after, report.before + report.after + rounding + method, report.after)
+    peak = report.before + report.after + rounding + method + _BESIDES
+    return Estimate(report.before, report.after, peak, report.after)
 
 
 def of_method(report: Report, width: int, tokens: int = ROWS * LENGTH) -> int:

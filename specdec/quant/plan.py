@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from specdec.errors import InputError, UnsupportedModelError
 from specdec.quant import memory
 from specdec.quant.format import Format
 from specdec.quant.layers import Candidates, candidates
+from specdec.quant.linear import PackedLinear
 from specdec.quant.memory import Estimate
 from specdec.quant.methods.method import create
 from specdec.quant.recipe import ROUND, Recipe
@@ -105,7 +106,10 @@ def prepare(
         kept[table] = keys[unties]  # the files name the shared tensor after the head
     lacking = [name for name in formats if name not in keys]
     obstacle = f"the files have no tensor for {lacking[0]}.weight alone" if lacking else None
-    report = _report(checkpoint, recipe, layers, formats, kept, names, modules, table)
+    if obstacle is None:
+        report = _report(checkpoint, recipe, layers, formats, kept, names, modules, table)
+    else:
+        report = _report_without_files(model, layers, formats, unties)
     if obstacle is not None or recipe.method != ROUND:
         width = config.get_text_config(decoder=True).hidden_size
         estimate = memory.of_loaded(report, memory.of_method(report, width) if recipe.method != ROUND else 0)
@@ -158,3 +162,14 @@ def _report(
             reason = BY_SHAPE
         left.append(Kept(name, stored.shape, stored.num_bytes, reason))
     return Report(tuple(rows), tuple(left), max(sizes) or 2)
+
+
+def _report_without_files(
+    model: nn.Module, layers: Candidates, formats: Mapping[str, Format], unties: str | None
+) -> Report:
+    """Where the files' tensors are other ones: of the empty model, which it changes into the quantised one."""
+    for name, format in formats.items():
+        N, K = layers.shapes[name]
+        model.set_submodule(name, PackedLinear(format, K, N, model.get_submodule(name).bias))
+    found = Report.of_model(model)
+    return replace(found, layers=tuple(replace(one, before=0) if one.module == unties else one for one in found.layers))

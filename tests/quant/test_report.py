@@ -89,7 +89,9 @@ def test_of_a_model_in_memory():
     rules = [["layers.0.*q_proj", None], ["down_proj", "mxfp4"]]
     found = Report.of_model(prepare_model(model, {"default": "int8", "rules": rules, "head": None}))
     by_name = {layer.module: layer for layer in found.layers}
-    assert by_name["model.layers.1.mlp.down_proj"] == Layer("model.layers.1.mlp.down_proj", (32, 64), "mxfp4", 4096, 1088)
+    assert by_name["model.layers.1.mlp.down_proj"] == Layer(
+        "model.layers.1.mlp.down_proj", (32, 64), "mxfp4", 4096, 1088
+    )
     assert len(by_name) == 13
     q_proj = 32 * 32 * 2
     norms = 5 * 32 * 2
