@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InputError
-from specdec.kernels import packed
 from specdec.quant.format import Format, GridFormat
 from specdec.quant.methods.gptq import Gptq
-from specdec.quant.methods.method import Linear, Method, Stats, have, number, register_method
+from specdec.quant.methods.method import Linear, Method, Stats, have, number, product, register_method
 
 # Shares of a group's range that are tried as its new range.
 _RANGES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
@@ -83,7 +82,7 @@ def output_error(layer: Linear, rows_TK: Tensor, s_K: Tensor, exact_TN: Tensor) 
     """Squared error of the products with the scaled and stored weight, relative to the outputs `exact_TN`."""
     s = s_K.to(layer.weight_NK)
     parts = layer.format.pack(layer.weight_NK * s)
-    out_TN = packed.reference(rows_TK / s.to(rows_TK), layer.format, parts)
+    out_TN = product(rows_TK / s.to(rows_TK), layer.format, parts)
     return float((out_TN - exact_TN).square().sum() / exact_TN.square().sum().clamp_min(1e-30))
 
 

@@ -49,7 +49,8 @@ def prepare_model(
 ) -> Any:
     """A copy of the model with packed layers, as `apply` makes them, for use in memory.
 
-    Its `quantisation_notes` say what was left out. It shares all other tensors with the model, which stays as it is. Lossless: no, weights are rounded.
+    Its `quantisation_notes` say what was left out. It shares all other tensors with the model, which stays as it is.
+    Lossless: no, weights are rounded.
     """
     run = Run(model, recipe, calibration_tokens, progress)
     notes = Prepared()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InputError
-from specdec.quant.format import Format
+from specdec.kernels import packed
+from specdec.quant.format import Format, Parts
 
 #: What a method may ask to be told about the inputs of a layer: fields of `Stats`.
 KNOWN_STATS = frozenset({"mean_abs_K", "amax_K", "norm_K", "hessian_KK", "rows_TK"})
@@ -152,6 +153,18 @@ def number(name: str, value: Any, low: float, high: float) -> None:
     """`InputError` unless an option is a number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"{name} is a number from {low:g} to {high:g}, not {value!r}")
+
+
+def rounds_activations(format: Format) -> bool:
+    """Whether products with the format round their inputs too."""
+    return format.name == "int8"
+
+
+def product(rows_TK: Tensor, format: Format, parts: Parts) -> Tensor:
+    """`[T, N]`: what a layer with these parts gives, in the dtype of the rows, by one product of many rows."""
+    if rounds_activations(format):
+        return packed.reference(rows_TK, format, parts)
+    return rows_TK @ format.unpack(parts, rows_TK.dtype).t()
 
 
 def working(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.errors import InputError
 from specdec.quant.format import Format
-from specdec.quant.methods.method import Linear, Method, Stats, have, number, register_method
+from specdec.quant.methods.method import Linear, Method, Stats, have, number, register_method, rounds_activations
 
 # Scales stay within this factor of one, so that what they are folded into stays a normal number.
 _WIDEST = 1e4
@@ -60,10 +60,6 @@ def migration(amax_K: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
     weight_K = reduce(torch.maximum, (weight.abs().amax(0) for weight in weights)).to(amax_K)
     s_K = amax_K**alpha / weight_K ** (1 - alpha)
     return torch.where((amax_K > 0) & (weight_K > 0), s_K, 1.0).clamp(1 / _WIDEST, _WIDEST)
-
-
-def rounds_activations(format: Format) -> bool:
-    return format.name == "int8"
 
 
 register_method("smoothquant", SmoothQuant)
