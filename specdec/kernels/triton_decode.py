@@ -124,10 +124,8 @@ def _powers(scales, CARRY: tl.constexpr):
 @triton.jit
 def over_groups(values, SHAPE: tl.constexpr, GROUP: tl.constexpr):
     """`[N, G]` to `[N, K]`: each value for all inputs of its group."""
-    if len(SHAPE) == 2:
-        wide: tl.constexpr = (SHAPE[0], SHAPE[1] // GROUP, GROUP)
-    else:
-        wide: tl.constexpr = (SHAPE[0], SHAPE[1], SHAPE[2] // GROUP, GROUP)
+    flat: tl.constexpr = (SHAPE[0], SHAPE[1] // GROUP, GROUP)
+    wide: tl.constexpr = flat if len(SHAPE) == 2 else (SHAPE[0], SHAPE[1], SHAPE[-1] // GROUP, GROUP)
     return tl.broadcast_to(tl.expand_dims(values, -1), wide).reshape(SHAPE)
 
 

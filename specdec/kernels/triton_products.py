@@ -32,15 +32,14 @@ def product(
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     col = tl.program_id(1) * BN + tl.arange(0, BN)
     WORDS: tl.constexpr = 3 if BITS == 6 else 1  # of a unit
+    SHAPE: tl.constexpr = (BN, BK) if S == 1 else (S, BN, BK)
     if S == 1:
-        SHAPE: tl.constexpr = (BN, BK)
         acc = tl.zeros((BM, BN), dtype=ACC)
         m, n = row[:, None], col.to(tl.int64)[:, None]
         k = tl.arange(0, BK)[None, :]
         unit = tl.arange(0, BK // UNIT)[None, :]
         group = tl.arange(0, BK // GROUP)[None, :]
     else:
-        SHAPE: tl.constexpr = (S, BN, BK)
         acc = tl.zeros((S, BM, BN), dtype=ACC)
         m, n = row[None, :, None], col.to(tl.int64)[None, :, None]
         strip = tl.arange(0, S)[:, None, None]

@@ -301,15 +301,15 @@ def test_a_model_on_stored_weights_runs_on_the_device_backend(
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
     model = tiny_models.tiny("llama", attention="eager", **sizes).to(DEVICE)
     format, calls = parse("mxfp6_e2m3"), []
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            model.set_submodule(path, PackedLinear.of(layer.weight, layer.bias, format))
+    for path in ("model.layers.0.mlp.down_proj", "lm_head"):  # one layer inside, and the last
+        layer = model.get_submodule(path)
+        model.set_submodule(path, PackedLinear.of(layer.weight, layer.bias, format))
 
     def linear(x: Tensor, *given: Any) -> Tensor:
         calls.append(x.shape)
         return kernels.linear(x, *given)
 
-    prompt = [3, 5, 7, 3, 5, 7]
+    prompt = [3, 5, 7]
     stock = tiny_models.session(model, prompt)
     expected = stock.forward(TokenTree.chain([9, 8])).logits
     monkeypatch.setattr(packed, "linear", linear)
@@ -318,7 +318,7 @@ def test_a_model_on_stored_weights_runs_on_the_device_backend(
     wide.append(prompt)
     rows = wide.forward(TokenTree.chain([9, 8])).logits[-2:]
     assert torch.allclose(rows, expected[-2:], atol=2e-5)
-    assert len(calls) > 8
+    assert len(calls) >= 4
     narrow.append([*prompt, 9])
     narrow.prefill()
     assert torch.equal(narrow.forward().logits[-1], rows[0])
