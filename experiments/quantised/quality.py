@@ -34,6 +34,7 @@ from specdec.bench.prompts import read_prompts
 from specdec.loading import EMBEDDED, load_model, load_tokenizer
 from specdec.quant import named_packed
 from specdec.quant.methods import calibration, prepare_model
+from specdec.quant.methods.walk import unpacked
 from specdec.quant.recipe import Recipe
 from specdec.train import provenance, stdlib
 from specdec.train.data import encode, pack
@@ -88,13 +89,17 @@ class Judge:
     calibration_BT: Tensor
     held_out_BT: Tensor
     texts: list[tuple[list[int], list[int]]]  # a prompt, and the greedy text behind it
+    exact: list[Tensor] = field(default_factory=list)  # its log probabilities, a row `[T, V]` each
+
+    @torch.inference_mode()
+    def __post_init__(self) -> None:
+        self.exact = [self.model(input_ids=row_T[None]).logits[0].log_softmax(-1) for row_T in self.held_out_BT]
 
     @torch.inference_mode()
     def judge(self, model: Any) -> dict[str, Any]:
         loss, kl, same = 0.0, 0.0, 0.0
-        for row_T in self.held_out_BT:
-            p_TV = self.model(input_ids=row_T[None]).logits[0].double().log_softmax(-1)
-            q_TV = model(input_ids=row_T[None]).logits[0].double().log_softmax(-1)
+        for row_T, p_TV in zip(self.held_out_BT, self.exact, strict=True):
+            q_TV = model(input_ids=row_T[None]).logits[0].log_softmax(-1)
             loss -= float(q_TV[:-1].gather(1, row_T[1:, None]).mean())
             kl += float((p_TV.exp() * (p_TV - q_TV)).sum(-1).mean())
             same += float((p_TV.argmax(-1) == q_TV.argmax(-1)).double().mean())
@@ -160,6 +165,8 @@ def measure(judge: Judge, way: Way) -> dict[str, Any]:
     model = prepare_model(judge.model, recipe, judge.calibration_BT)
     seconds = time.monotonic() - began
     layers = named_packed(model).values()
+    with unpacked(model, torch.float32):
+        quality = judge.judge(model)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     stored = sum(layer.num_bytes for layer in layers)
     rest = {id(p): p.numel() * 2 for p in model.parameters()}  # what is not quantised, in bfloat16
@@ -170,7 +177,7 @@ def measure(judge: Judge, way: Way) -> dict[str, Any]:
         "megabytes": (stored + sum(rest.values())) / 1e6,
         "seconds": seconds,
         "notes": model.quantisation_notes,
-        **judge.judge(model),
+        **quality,
     }
 
 

@@ -127,9 +127,13 @@ def test_blocks_see_what_quantised_blocks_give():
     rough = prepare_model(model, recipe("gptq", "mxfp4", {}, rules=[["layers.1|lm_head", None]]), tokens())
     name = "model.layers.1.mlp.up_proj"
     by_hand = _by_hand(rough, model, name)
-    assert torch.equal(apply(model, what, tokens()).parts[name]["codes"], by_hand)
+
+    def differing(recipe: dict) -> float:
+        return float((apply(model, recipe, tokens()).parts[name]["codes"] != by_hand).float().mean())
+
+    assert differing(what) < 0.01, "sums in another order may round a few otherwise"
     untouched = recipe("gptq", "int4", {}, rules=[["layers.0", None]])
-    assert not torch.equal(apply(model, untouched, tokens()).parts[name]["codes"], by_hand)
+    assert differing(untouched) > 0.05
 
 
 def _by_hand(rough: torch.nn.Module, model: torch.nn.Module, name: str) -> torch.Tensor:

@@ -104,7 +104,8 @@ def clipped(weight_NK: Tensor, rows_TK: Tensor, format: GridFormat) -> dict[str,
         stored = format.unpack({"codes": format.encode(weight_NK, fitted), **fitted}, weight_NK.dtype)
         off = (stored - weight_NK).unflatten(-1, (-1, size))
         # Per group, for a batch of it has the memory of one weight: [G, N, g] times [G, g, g].
-        return (torch.bmm(off.transpose(0, 1), gram_Ggg).transpose(0, 1) * off).sum(-1)
+        error: Tensor = (torch.bmm(off.transpose(0, 1), gram_Ggg).transpose(0, 1) * off).sum(-1)
+        return error
 
     best_NGg, least_NG = groups_NGg.clone(), error_NG(weight_NK)
     for share in _RANGES:

@@ -159,7 +159,7 @@ class Run:
         if fold.kind == LINEAR and f"{prefix}.{fold.producer}" not in self.formats:
             return f"{fold.producer}, which would take up the scales, is kept in full precision"
         config = self.twin.config.get_text_config(decoder=True)
-        if fold.kind == LINEAR and getattr(config, "num_kv_shared_layers", 0):
+        if fold.kind == LINEAR and getattr(config, "num_kv_shared_layers", None):
             return "later layers read this layer's keys and values"
         return None
 

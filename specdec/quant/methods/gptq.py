@@ -67,6 +67,7 @@ def inverse_factor(hessian_KK: Tensor, damping: float) -> Tensor:
     for attempt in range(_RETRIES + 1):
         lower, failed = torch.linalg.cholesky_ex(H)
         if not int(failed):
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed) and bool(torch.isfinite(upper).all()):
                 return upper

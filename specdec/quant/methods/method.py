@@ -45,8 +45,8 @@ class Stats:
             return None if value is None else value / s.to(value)
 
         hessian = None if self.hessian_KK is None else by(by(self.hessian_KK, s_K), s_K[:, None])
-        channels = (by(value, s_K) for value in (self.mean_abs_K, self.amax_K, self.norm_K))
-        return Stats(self.count, *channels, hessian_KK=hessian, rows_TK=by(self.rows_TK, s_K))
+        mean, amax, norm, rows = (by(v, s_K) for v in (self.mean_abs_K, self.amax_K, self.norm_K, self.rows_TK))
+        return Stats(self.count, mean, amax, norm, hessian, rows)
 
 
 def have(value: Tensor | None, name: str) -> Tensor:

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.quant.layers import linear_shape
-from specdec.quant.methods.method import Stats, working
+from specdec.quant.linear import PackedLinear
+from specdec.quant.methods.method import Stats, rounds_activations, working
 from specdec.runtime.native import is_spread
 
 # Rows of an input that are kept where a method works on rows.
@@ -47,7 +49,7 @@ def decoder_layers(model: Any) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == count and all(map(_has_linear, module))
     ]
     depth = min((name.count(".") for name in found), default=0)
-    outermost = [name for name in found if name.count(".") == depth]
+    outermost: list[str] = [name for name in found if name.count(".") == depth]
     if len(outermost) != 1:
         seen = f"{len(outermost)} ({', '.join(outermost)})" if outermost else "none"
         raise UnsupportedModelError(
@@ -59,6 +61,36 @@ def decoder_layers(model: Any) -> str:
 
 def _has_linear(module: nn.Module) -> bool:
     return any(linear_shape(child) is not None for child in module.modules())
+
+
+class _Unpacked(nn.Module):
+    """A packed layer's product with many rows, by one stock product with the weights that it stands for."""
+
+    def __init__(self, layer: PackedLinear, dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("weight", layer.weight_in(dtype))
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+
+
+@contextmanager
+def unpacked(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For a while, unpack the weights of packed layers once instead of for each product: the same numbers, up to the
+    order of sums. Layers that round activations stay."""
+    found = {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, PackedLinear) and not rounds_activations(child.format)
+    }
+    for name, child in found.items():
+        module.set_submodule(name, _Unpacked(child, dtype))
+    try:
+        yield
+    finally:
+        for name, child in found.items():
+            module.set_submodule(name, child)
 
 
 class _Enough(Exception):
@@ -223,7 +255,8 @@ class Walk:
     @torch.no_grad()
     def advance(self) -> None:
         """Through the block as it is now."""
-        self.hidden = [self.run(row) for row in range(len(self.hidden))]
+        with unpacked(self.blocks[self.at], self.hidden[0].dtype):
+            self.hidden = [self.run(row) for row in range(len(self.hidden))]
         self._check(self.hidden, self.name(self.at))
         self.calls[self.at] = []
         self.at += 1
