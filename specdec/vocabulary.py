@@ -137,7 +137,8 @@ def output_weight(model: Any) -> nn.Parameter:
 def output_device(model: Any) -> torch.device:
     """Where the head's logits come from."""
     head = model.get_output_embeddings()
-    return next(chain(head.parameters(), head.buffers())).device
+    tensor: Tensor = next(chain(head.parameters(), head.buffers()))
+    return tensor.device
 
 
 def cut_head(model: Any, rows_R: Tensor) -> Any:

@@ -197,7 +197,7 @@ class SpecdecQuantizer(HfQuantizer):
         for name, layer in packed_layers(model):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(layer.weight_in(dtype or model.dtype), requires_grad=False)
-            plain.bias = layer.bias
+            plain.register_parameter("bias", layer.bias)
             model.set_submodule(name, plain)
         return model
 

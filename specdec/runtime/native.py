@@ -164,7 +164,7 @@ class NativeModel(nn.Module):
 
     @staticmethod
     def _copy(model: Any, kernels: Kernels) -> Any:
-        def native(name: str, layer: nn.Module) -> nn.Module | None:
+        def native(name: str, layer: Any) -> nn.Module | None:
             if type(layer) is nn.Linear:
                 return NativeLinear(layer.weight, layer.bias, kernels)
             if type(layer) is Conv1D:  # stores the transpose: this one is a copy
