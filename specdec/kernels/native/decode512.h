@@ -43,7 +43,7 @@ static INLINE void ask(const uint8_t* from, int64_t ahead) {
 // units free that permute; and two halves take less time than one whole.
 static INLINE void look_up(const uint8_t* from, __m256i values, Bf16* out) {
   const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  const __m256i shifts = _mm256_set1_epi32(0x10000100);  // a byte on top of each word moves down by 8 bits, and by 12
+  const __m256i shifts = _mm256_set1_epi32(0x00100100);  // a byte on top of each word moves down by 8 bits, and by 12
   const __m256i low = _mm256_shuffle_epi8(bytes, _mm256_set_epi64x(0x0780078006800680, 0x0580058004800480,
                                                                    0x0380038002800280, 0x0180018000800080));
   const __m256i high = _mm256_shuffle_epi8(bytes, _mm256_set_epi64x(0x0f800f800e800e80, 0x0d800d800c800c80,
