@@ -14,6 +14,12 @@ constexpr uint32_t kInfinite = 0x7f800000u;  // bits of a float's magnitude from
 // E4M3: the largest exponent is 8, the bias 7, and the largest code 448; numbers below 2^-6 are multiples of 2^-9.
 constexpr uint32_t kTopExponent = 8, kLargestCode = 0x7e;
 
+// Both are computed: compilers turn a choice between numbers into a jump, and a loop with jumps into no vectors.
+static INLINE uint32_t either(bool first, uint32_t a, uint32_t b) {
+  const uint32_t mask = 0u - uint32_t(first);
+  return (a & mask) | (b & ~mask);
+}
+
 // One scale per row: the largest magnitude becomes 127. A row that is not finite comes back as NaN throughout.
 template <class T>
 static void encode_int8(const void* row, int64_t size, void* codes, void* scales) {
@@ -62,7 +68,7 @@ static void encode_mxfp8(const void* row, int64_t size, void* codes, void* scale
       // Dropping 20 bits of 23 leaves the exponent, which is biased by 127 and not by 7, and three bits.
       const uint32_t normal = ((size_bits + 0x7ffffu + ((size_bits >> 20) & 1)) >> 20) - (120u << 3);
       const uint32_t tiny = bits_of(float_of(size_bits) * 512.f + kRounder) & 0xffu;
-      uint32_t code = size_bits < (121u << 23) ? tiny : normal;
+      uint32_t code = either(size_bits < (121u << 23), tiny, normal);
       code = code > kLargestCode ? kLargestCode : code;
       to[i] = uint8_t(code | (word >> 24 & 0x80u));
     }
@@ -80,8 +86,8 @@ static void decode_mxfp8(const void* codes, const void* scales, int64_t rows, in
       const uint32_t code = from[i], number = (code & 0x7fu) << 20;
       // Below 2^-6 there is no leading one: as if there were, and then without it.
       const float tiny = float_of(number + (121u << 23)) - 0.015625f, normal = float_of(number + (120u << 23));
-      const float size_of = (code & 0x7fu) < 8 ? tiny : normal;
-      round_to(float_of(bits_of(size_of) | (code & 0x80u) << 24) * scale, to + i);
+      const uint32_t size_bits = either((code & 0x7fu) < 8, bits_of(tiny), bits_of(normal));
+      round_to(float_of(size_bits | (code & 0x80u) << 24) * scale, to + i);
     }
   }
 }
