@@ -134,9 +134,14 @@ def test_options_that_are_wrong(name, options, message):
 
 
 def test_formats_that_a_method_cannot_work_on():
-    with pytest.raises(InputError, match=r"int4 rounds weights alone \(lm_head\)"):
-        SmoothQuant().check("lm_head", parse("int4"))
+    formats = {"up_proj": parse("int4"), "lm_head": parse("sparse")}
+    with pytest.raises(InputError, match=r"int4, sparse rounds weights alone"):
+        SmoothQuant().check(formats)
     with pytest.raises(InputError, match=r"sparse has none \(lm_head\)"):
-        Awq(rounding="gptq").check("lm_head", parse("sparse"))
-    with pytest.raises(InputError, match=r"int4 drops none \(lm_head\)"):
-        create("wanda").check("lm_head", parse("int4"))
+        Awq(rounding="gptq").check(formats)
+    with pytest.raises(InputError, match=r"int4 drops none \(up_proj\)"):
+        create("wanda").check(formats)
+    mixed = {**formats, "down_proj": parse("int8")}
+    SmoothQuant().check(mixed)
+    layers = [Linear(name, weight(), format) for name, format in mixed.items()]
+    assert SmoothQuant().scales(layers, Stats(amax_K=torch.ones(128)), "norm", same) is None

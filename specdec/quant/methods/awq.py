@@ -5,7 +5,7 @@ Shape suffixes: N outputs, K inputs, T tokens, G groups of a row, g inputs of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +44,9 @@ class Awq(Method):
         if self.rounding not in ("rtn", "gptq"):
             raise InputError(f"awq's rounding is 'rtn' or 'gptq', not {self.rounding!r}")
 
-    def check(self, name: str, format: Format) -> None:
+    def check(self, formats: Mapping[str, Format]) -> None:
         if self.rounding == "gptq":
-            Gptq().check(name, format)
+            Gptq().check(formats)
 
     def scales(
         self, layers: list[Linear], stats: Stats, into: str, shared: Callable[[Tensor], Tensor]

@@ -71,8 +71,7 @@ class Run:
         self.method: Method = create(self.recipe.method, self.recipe.options)
         found = candidates(model)
         self.formats = self.recipe.assign(found)
-        for name, format in self.formats.items():
-            self.method.check(name, format)
+        self.method.check(self.formats)
         self.tokens_BT = check_tokens(tokens_BT, model, self.recipe.method) if self.method.needs else None
         self.twin = shared_copy(model)
         self.progress = progress or (lambda done, of, what: None)

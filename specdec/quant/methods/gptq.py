@@ -5,6 +5,7 @@ Shape suffixes: N outputs, K inputs, M columns of a block, G groups of a row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +41,12 @@ class Gptq(Method):
     def __post_init__(self) -> None:
         number("gptq's damping", self.damping, 0.0, 1.0)
 
-    def check(self, name: str, format: Format) -> None:
-        if not isinstance(format, GridFormat):
-            raise InputError(
-                f"gptq chooses points of a grid, and {format.name} has none ({name}); use the method rtn or awq for it"
-            )
+    def check(self, formats: Mapping[str, Format]) -> None:
+        for name, format in formats.items():
+            if not isinstance(format, GridFormat):
+                raise InputError(
+                    f"gptq chooses points of a grid, and {format.name} has none ({name}); use the method rtn or awq"
+                )
 
     def round(self, weight_NK: Tensor, format: Format, stats: Stats) -> dict[str, Tensor]:
         assert isinstance(format, GridFormat)

@@ -73,8 +73,8 @@ class Method(ABC):
         """Fields of `Stats` that it reads. Empty: it needs no calibration text."""
         return frozenset()
 
-    def check(self, name: str, format: Format) -> None:  # noqa: B027 - most can work on anything
-        """`InputError` when the method cannot work on the module `name` in this format."""
+    def check(self, formats: Mapping[str, Format]) -> None:  # noqa: B027 - most can work on anything
+        """`InputError` when the method cannot work on modules in these formats, by module name."""
 
     def scales(
         self, layers: list[Linear], stats: Stats, into: str, shared: Callable[[Tensor], Tensor]

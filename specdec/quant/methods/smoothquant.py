@@ -5,7 +5,7 @@ Shape suffixes: N outputs, K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -24,7 +24,7 @@ _WIDEST = 1e4
 class SmoothQuant(Method):
     """s = max|X|^alpha / max|W|^(1 - alpha) for each channel, folded into the norm before; then round to nearest.
 
-    For formats that round activations too (int8); inputs of layers in other formats stay as they are.
+    For formats that round activations too (int8). Layers of a recipe that are in other formats are rounded to nearest.
     alpha: how much of the difficulty moves, 0 to 1. Lossless: no.
     """
 
@@ -37,17 +37,18 @@ class SmoothQuant(Method):
     def __post_init__(self) -> None:
         number("smoothquant's alpha", self.alpha, 0.0, 1.0)
 
-    def check(self, name: str, format: Format) -> None:
-        if not rounds_activations(format):
+    def check(self, formats: Mapping[str, Format]) -> None:
+        if not any(map(rounds_activations, formats.values())):
+            others = ", ".join(sorted({format.name for format in formats.values()}))
             raise InputError(
-                f"smoothquant makes activations easier to round, and {format.name} rounds weights alone ({name}); use "
-                "int8, or the method awq or gptq"
+                f"smoothquant makes activations easier to round, and {others} rounds weights alone; use int8, or the "
+                "method awq or gptq"
             )
 
     def scales(
         self, layers: list[Linear], stats: Stats, into: str, shared: Callable[[Tensor], Tensor]
     ) -> Tensor | None:
-        if into != "norm":
+        if into != "norm" or not all(rounds_activations(layer.format) for layer in layers):
             return None
         return shared(migration(have(stats.amax_K, "amax_K"), [layer.weight_NK for layer in layers], self.alpha))
 

@@ -5,6 +5,7 @@ Shape suffixes: N outputs, K inputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,12 +28,13 @@ class Wanda(Method):
     def needs(self) -> frozenset[str]:
         return frozenset({"norm_K"})
 
-    def check(self, name: str, format: Format) -> None:
-        if not isinstance(format, Sparse):
-            raise InputError(
-                f"wanda chooses which weights are dropped, and {format.name} drops none ({name}); use a format of the "
-                "sparse family, or the method awq or gptq"
-            )
+    def check(self, formats: Mapping[str, Format]) -> None:
+        for name, format in formats.items():
+            if not isinstance(format, Sparse):
+                raise InputError(
+                    f"wanda chooses which weights are dropped, and {format.name} drops none ({name}); use a format of "
+                    "the sparse family, or the method awq or gptq"
+                )
 
     def round(self, weight_NK: Tensor, format: Format, stats: Stats) -> dict[str, Tensor]:
         assert isinstance(format, Sparse)
