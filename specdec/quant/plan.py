@@ -87,8 +87,7 @@ def prepare(
     layers = candidates(model)
     formats = recipe.assign(layers)
     method = create(recipe.method, recipe.options)
-    for name, format in formats.items():
-        method.check(name, format)
+    method.check(formats)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     names = model_names(model, list(checkpoint.tensors))
     by_name = {name: key for key, name in names.items()}
@@ -170,6 +169,6 @@ def _report_without_files(
     """Where the files' tensors are other ones: of the empty model, which it changes into the quantised one."""
     for name, format in formats.items():
         N, K = layers.shapes[name]
-        model.set_submodule(name, PackedLinear(format, K, N, model.get_submodule(name).bias))
+        model.set_submodule(name, PackedLinear(format, K, N, getattr(model.get_submodule(name), "bias", None)))
     found = Report.of_model(model)
     return replace(found, layers=tuple(replace(one, before=0) if one.module == unties else one for one in found.layers))
