@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ examples:
   specdec quantize org/model --recipe mxfp6_e2m3 --dry-run       how large it would be, and what that takes
   specdec quantize org/model --recipe recipe.json --out DIR --max-shard-size 4GB
   specdec quantize org/model --recipe int4-g64 --method gptq --calibration texts.jsonl --out DIR
+  specdec quantize org/model --recipe sparse-90 --method wanda --storage delta-csc --out DIR
   specdec compare --target DIR                                   a folder that it wrote is a model like any other
 
 A recipe of one's own is JSON: {"default": "int4", "head": "mxint8", "rules": [["down_proj", "int8"], ["o_proj", null]]}
@@ -75,6 +77,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show sizes and what it takes; write nothing")
     _add_method_options(parser)
     group = parser.add_argument_group("files and memory")
+    group.add_argument(
+        "--storage",
+        choices=("packed", "delta-csc"),
+        default="packed",
+        help="packed: as the weights run (default); delta-csc: pruned weights by the gaps between them, smaller on the "
+        "disk from 78 percent of zeros on, and expanded when they are loaded",
+    )
     group.add_argument("--max-shard-size", type=num_bytes, default=1 << 30, metavar="SIZE", help="(default: 1GiB)")
     group.add_argument("--memory-budget", type=num_bytes, metavar="SIZE", help="refuse work that takes more")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
@@ -89,7 +98,9 @@ def add_parser(subparsers: Any) -> None:
 def _add_method_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method")
     group.add_argument(
-        "--method", metavar="NAME", help="rtn: round to nearest; awq, gptq, smoothquant (default: the recipe's own)"
+        "--method",
+        metavar="NAME",
+        help="rtn: round to nearest; awq, gptq, smoothquant, wanda (default: the recipe's own)",
     )
     group.add_argument(
         "--method-option",
@@ -148,29 +159,46 @@ def _bar(console: Console, quiet: bool) -> Iterator[Told]:
         yield lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
 
 
-def _write(plan: Plan, arguments: argparse.Namespace, console: Console) -> None:
+def _prepared(plan: Plan, arguments: argparse.Namespace, console: Console) -> Any:
+    """What a method that looks at activations made of the model; None for the others."""
+    if not plan.calibrates:
+        return None
+    from specdec.quant.calibrate import calibrate
+
+    with _bar(console, arguments.quiet) as told:
+        prepared = calibrate(
+            plan,
+            arguments.calibration,
+            rows=arguments.calibration_rows,
+            length=arguments.calibration_length,
+            seed=arguments.seed,
+            device=options.checked_device(arguments.device),
+            memory_budget=arguments.memory_budget,
+            told=told,
+        )
+    for note in prepared.notes if not arguments.quiet else ():
+        console.print(note, markup=False)
+    return prepared
+
+
+def _write(plan: Plan, arguments: argparse.Namespace, console: Console) -> int:
+    """Bytes of the tensors that are written."""
+    from specdec.quant.delta_model import compress_folder
     from specdec.quant.stream import quantize
 
-    prepared, budget = None, arguments.memory_budget
-    if plan.calibrates:
-        from specdec.quant.calibrate import calibrate
-
+    out, overwrite, shard = Path(arguments.out), arguments.overwrite, arguments.max_shard_size
+    given: dict[str, Any] = {
+        "prepared": _prepared(plan, arguments, console),
+        "memory_budget": arguments.memory_budget,
+    }
+    if arguments.storage == "packed":
         with _bar(console, arguments.quiet) as told:
-            prepared = calibrate(
-                plan,
-                arguments.calibration,
-                rows=arguments.calibration_rows,
-                length=arguments.calibration_length,
-                seed=arguments.seed,
-                device=options.checked_device(arguments.device),
-                memory_budget=budget,
-                told=told,
-            )
-        for note in prepared.notes:
-            console.print(note, markup=False)
-    with _bar(console, arguments.quiet) as told:
-        overwrite = arguments.overwrite
-        quantize(plan, arguments.out, prepared=prepared, overwrite=overwrite, memory_budget=budget, told=told)
+            return quantize(plan, out, overwrite=overwrite, told=told, **given).after
+    with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=f".{out.name}.", suffix=".packed") as folder:
+        with _bar(console, arguments.quiet) as told:
+            quantize(plan, folder, told=told, **given)
+        with _bar(console, arguments.quiet) as told:
+            return compress_folder(folder, out, overwrite=overwrite, max_shard=shard, told=told).after
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -197,9 +225,10 @@ def run(arguments: argparse.Namespace) -> int:
         check_output(Path(arguments.out), plan.checkpoint.folder, arguments.overwrite)
     if not arguments.quiet:
         _say_plan(plan, err)
-    if not arguments.dry_run:
-        _write(plan, arguments, err)
+    stored = plan.report.after if arguments.dry_run else _write(plan, arguments, err)
     out.print(table(plan.report, arguments.every_layer))
+    if stored != plan.report.after:
+        out.print(f"on the disk: {screen.size(stored)} in {arguments.storage}", markup=False)
     if not arguments.dry_run:
         out.print(f"specdec compare --target {arguments.out}", markup=False, soft_wrap=True)
     content = {
@@ -207,6 +236,7 @@ def run(arguments: argparse.Namespace) -> int:
         "recipe": plan.recipe.to_dict(),
         "estimate": plan.estimate.to_dict(),
         **plan.report.to_dict(),
+        "bytes_stored": stored,
         "versions": screen.versions(),
     }
     screen.write_json(arguments.json, content)

@@ -142,7 +142,8 @@ class Recipe:
         layer would be quantised.
         """
         if isinstance(shapes, Candidates):
-            shapes, head = shapes.shapes, head or shapes.head
+            head = head or shapes.head
+            shapes = shapes.shapes
         if not shapes:
             raise InputError("there are no linear layers to quantise")
         self._check_rules(list(shapes))

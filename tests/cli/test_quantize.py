@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import tiny
 from tiny_text import TEXT_VOCAB, byte_tokenizer
 
@@ -90,6 +92,29 @@ def test_a_recipe_from_a_file_and_a_method_with_options(run, tmp_path, model):
     recipe = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
     assert (recipe["method"], recipe["options"]) == ("gptq", {"damping": 0.05})
     assert specdec.load(str(tmp_path / "out"), "ngram", backend="eager").generate("def", max_new_tokens=3).tokens
+
+
+def test_pruned_weights_take_less_on_the_disk(run, tmp_path):
+    options = ("--recipe", "sparse-90", "--out", tmp_path / "out", "--storage", "delta-csc")
+    code, out, _ = run(*options, "--json", tmp_path / "report.json")
+    assert code == 0
+    assert re.search(r"on the disk: .* in delta-csc", out)
+    assert run("--recipe", "sparse-90", "--out", tmp_path / "packed")[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    sizes = {
+        name: sum(tensor.nbytes for tensor in load_file(tmp_path / name / "model.safetensors").values())
+        for name in ("out", "packed")
+    }
+    assert report["bytes_stored"] == sizes["out"] < sizes["packed"] == report["bytes_after"]
+    texts = [specdec.load(str(tmp_path / name), "ngram", backend="eager").generate("def f(").text for name in sizes]
+    assert texts[0] == texts[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed", "report.json"]
+    assert run(*options)[0] == 2
+    assert run(*options, "--overwrite")[0] == 0
+    code, _, err = run("--recipe", "int4", "--out", tmp_path / "other", "--storage", "delta-csc")
+    assert code == 2
+    assert "delta-csc" in err
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_embedded_target_is_the_default(capsys):
