@@ -16,6 +16,8 @@ from specdec.quant.linear import PackedLinear
 
 # What the last layer is called where a model does not say.
 HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
+# Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same.
+_SAME_PRODUCT = ("FalconLinear",)
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ def is_head(name: str) -> bool:
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(N, K)` of a layer that can be quantised, else None.
 
-    `Conv1D` of transformers is a linear layer that stores the transpose `[K, N]`.
+    `Conv1D` of transformers is a linear layer that stores the transpose `[K, N]`. A subclass that computes something
+    else with its weight, as some routers of experts do, is none.
     """
-    if isinstance(module, nn.Linear):
+    kind = type(module)
+    if isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or kind.__name__ in _SAME_PRODUCT):
         return module.out_features, module.in_features
     if isinstance(module, Conv1D):
         return module.nf, module.nx

@@ -12,12 +12,13 @@ import pytest
 import stored_models as made
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import specdec
 from specdec.errors import InputError
 from specdec.quant.format import parse
+from specdec.quant.layers import linear_shape
 from specdec.quant.linear import PackedLinear, named_packed, num_parameters, num_weight_bytes, stored_as
 from specdec.quant.recipe import Recipe
 
@@ -92,6 +93,22 @@ def test_other_architectures_compute_with_the_unpacked_weights(name: str, tmp_pa
         assert (its.bias is None) == (packed.bias is None)
     assert transposed == (8 if name == "gpt2" else 0)
     torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_only_derive_from_linear_ones(tmp_path: Path) -> None:
+    class Router(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x).topk(2)
+
+    assert linear_shape(Router(64, 8)) is None
+    assert linear_shape(nn.Linear(64, 8)) == (8, 64)
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 64}
+    falcon = FalconForCausalLM(FalconConfig(**shape, alibi=False, bias=True)).double().eval()
+    falcon.save_pretrained(tmp_path)
+    model = read(tmp_path, quantization_config=specdec.IntConfig("int4", head=None), dtype=torch.float64)
+    assert len(named_packed(model)) == 4
+    logits = model(TOKENS).logits
+    torch.testing.assert_close(model.dequantize()(TOKENS).logits, logits, rtol=1e-12, atol=1e-12)
 
 
 def test_a_tied_head_that_is_stored_gets_weights_of_its_own(tied: Path, tmp_path: Path) -> None:
