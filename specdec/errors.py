@@ -35,7 +35,7 @@ class UnsupportedModelError(InputError):
 
 
 class MemoryBudgetError(InputError):
-    """The caches of a text do not fit into the memory budget."""
+    """The caches of a text, or the work on a model's weights, do not fit into the memory that there is."""
 
 
 class DrafterError(SpecdecError, RuntimeError):
