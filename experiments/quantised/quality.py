@@ -10,7 +10,8 @@ itself, from other first tokens.
 For each format and method: bits per quantised weight and the model's bytes; loss in nats per token; KL divergence from
 full precision; how often the first choice is the same; and the index of the first token at which a greedy text leaves
 that of full precision, with the margin there: how much less full precision likes the other token, in logits.
-Interrupted, it goes on. Writes `quality/*.json` (a row each), `quality.json` and `quality.md` beside this file.
+Writes `quality.json`, row by row, and `quality.md` beside this file; rows that are there are kept, so that it goes on
+where it was interrupted. Delete the file to measure anew.
 """
 
 from __future__ import annotations
@@ -60,10 +61,6 @@ class Way:
     @property
     def label(self) -> str:
         return " ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
-
-    @property
-    def file(self) -> str:
-        return f"{self.recipe}-{self.label}".replace(" ", "-") + ".json"
 
 
 def ways() -> list[Way]:
@@ -213,18 +210,46 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def study(judge: Judge, out: Path, chosen: list[Way], until: float, console: Console) -> list[dict[str, Any]]:
-    folder = out / "quality" / judge.name.replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [full_row(judge)]
+class Store:
+    """`quality.json`: every row that was ever measured, by model, recipe and method; written after each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.models: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            self.models = json.loads(path.read_text(encoding="utf-8"))["models"]
+
+    def row(self, model: str, way: Way) -> dict[str, Any] | None:
+        return self.models.get(model, {}).get(f"{way.recipe} {way.label}")
+
+    def put(self, model: str, row: dict[str, Any]) -> None:
+        row = {**row, "date": datetime.date.today().isoformat()}
+        self.models.setdefault(model, {})[f"{row['recipe']} {row['method']}".strip()] = row
+        provenance.write_json(self.path, {"versions": provenance.versions(), "models": self.models})
+
+
+def study(judge: Judge, store: Store, chosen: list[Way], until: float, console: Console) -> None:
+    store.put(judge.name, full_row(judge))
     # What is quick comes first.
     for number, way in enumerate(sorted(chosen, key=lambda way: way.method != "rtn"), 1):
-        path = folder / way.file
-        if not path.exists() and time.monotonic() < until:
+        if store.row(judge.name, way) is None and time.monotonic() < until:
             console.print(f"{judge.name} {number}/{len(chosen)}: {way.recipe}, {way.label}")
-            provenance.write_json(path, measure(judge, way))
-    paths = [folder / way.file for way in chosen]
-    return rows + [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+            store.put(judge.name, measure(judge, way))
+
+
+def report(store: Store) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in provenance.versions().items())
+    text = (
+        f"# Quality of quantised weights, {datetime.date.today().isoformat()}\n\n"
+        f"`python experiments/quantised/quality.py` ({versions}; {platform.machine()}, one thread, float32 "
+        f"activations). {HELD_OUT_ROWS} held-out rows and {CALIBRATION_ROWS} calibration rows of {LENGTH} tokens; "
+        f"{PROMPTS} greedy texts of {NEW_TOKENS} tokens. MB: packed weights, and the rest in bfloat16. Seconds "
+        "that a method takes were measured on a busy machine.\n"
+    )
+    for model, rows in store.models.items():
+        found = [store.row(model, way) for way in ways()]
+        text += f"\n## {model}\n\n{table([rows[FULL], *(row for row in found if row is not None)])}\n"
+    return text
 
 
 def main() -> None:
@@ -243,27 +268,15 @@ def main() -> None:
         for way in ways()
         if (not args.only or way.recipe in args.only) and (not args.methods or way.method in args.methods)
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in provenance.versions().items())
-    text = f"# Quality of quantised weights, {datetime.date.today().isoformat()}\n\n"
-    text += (
-        f"`python experiments/quantised/quality.py` ({versions}; {platform.machine()}, one thread, float32 "
-        f"activations). {HELD_OUT_ROWS} held-out rows and {CALIBRATION_ROWS} calibration rows of {LENGTH} tokens; "
-        f"{PROMPTS} greedy texts of {NEW_TOKENS} tokens. MB: packed weights, and the rest in bfloat16. Seconds "
-        "that a method takes were measured on a busy machine.\n"
-    )
-    results = {}
-    sources = [embedded, *((lambda path=path: other(path)) for path in args.model if path.is_dir())]
+    store = Store(args.out / "quality.json")
+    study(embedded(), store, chosen, until, console)
     for path in args.model:
-        if not path.is_dir():
+        if path.is_dir():
+            study(other(path), store, chosen, until, console)
+        else:
             console.print(f"{path} is not there: skipped")
-    for source in sources:
-        judge = source()
-        results[judge.name] = study(judge, args.out, chosen, until, console)
-        text += f"\n## {judge.name}\n\n{table(results[judge.name])}\n"
+    text = report(store)
     (args.out / "quality.md").write_text(text, encoding="utf-8")
-    provenance.write_json(
-        args.out / "quality.json", {"date": datetime.date.today().isoformat(), "versions": versions, "rows": results}
-    )
     print(text)
 
 
