@@ -9,7 +9,8 @@ from torch import nn
 
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.quant.methods import apply
-from specdec.quant.methods.walk import ROWS, Walk, decoder_layers, shared_copy
+from specdec.quant.methods.collect import ROWS
+from specdec.quant.methods.walk import Walk, decoder_layers, shared_copy
 
 EVERYTHING = frozenset({"mean_abs_K", "amax_K", "norm_K", "hessian_KK", "rows_TK"})
 
