@@ -15,7 +15,7 @@ from tiny_models import tiny
 from tiny_text import TEXT_VOCAB, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from specdec.errors import InputError
 from specdec.loading import load_model, load_tokenizer
@@ -283,10 +283,24 @@ def test_memory_is_that_of_a_shard_and_a_layer(tmp_path):
 
 
 @pytest.fixture
-def fused(tmp_path, monkeypatch):
-    """A checkpoint with queries, keys and values in one tensor, which transformers takes apart."""
+def conversions(monkeypatch):
+    """A table of how transformers reads checkpoints that a test may change."""
     from transformers import conversion_mapping
 
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the table
+    table = dict(conversion_mapping._checkpoint_conversion_mapping_cache)
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", table)
+
+
+def test_keys_that_are_the_models_own_stay_although_a_renaming_would_fit(source, conversions):
+    plan = prepare(source, "int8")
+    register_checkpoint_conversion_mapping("LlamaForCausalLM", [WeightRenaming("mlp", "ffn")], overwrite=True)
+    assert prepare(source, "int8").keys == plan.keys
+
+
+@pytest.fixture
+def fused(tmp_path, conversions):
+    """A checkpoint with queries, keys and values in one tensor, which transformers takes apart."""
     wide("llama", num_key_value_heads=4).save_pretrained(tmp_path / "fused")
     model = load_model(tmp_path / "fused", dtype="auto")
     file = tmp_path / "fused" / "model.safetensors"
@@ -297,9 +311,6 @@ def fused(tmp_path, monkeypatch):
     save_file(whole, file, {"format": "pt"})
     names = [f"self_attn.{x}_proj.weight" for x in "qkv"]
     apart = WeightConverter("self_attn.qkv.weight", names, operations=[Chunk(dim=0)])
-    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the table
-    table = dict(conversion_mapping._checkpoint_conversion_mapping_cache)
-    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", table)
     register_checkpoint_conversion_mapping("LlamaForCausalLM", [apart], overwrite=True)
     return tmp_path / "fused", model
 
