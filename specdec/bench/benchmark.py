@@ -38,6 +38,7 @@ class Subject:
     """What is measured: loaded models and prompts (token ids). `pair` is set when both were made here.
 
     `batch`: the prompts of the batched row; the first of them are `prompts`. `vocabulary`: of our draft; None: all.
+    `quantize`: what the target's weights were rounded to; those of `pair` are as they were made.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Subject:
     batch: list[list[int]]
     pair: synthetic.Pair | None = None
     vocabulary: Chosen | None = None
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,14 @@ def benchmark(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="specdec-bench-", ignore_cleanup_errors=True))
             )
             setting = peers.Setting(
-                dtype, torch.get_num_threads(), settings.ks, settings.max_new_tokens, folder, say, stack
+                dtype,
+                torch.get_num_threads(),
+                settings.ks,
+                settings.max_new_tokens,
+                folder,
+                say,
+                stack,
+                subject.quantize,
             )
             methods += [method for peer in settings.peers for method in peers.open_peer(peer, subject.pair, setting)]
         methods, failed, made = rows.warm_up(methods, subject.prompts[0], say)

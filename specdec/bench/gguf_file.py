@@ -39,8 +39,14 @@ def interleave(weight: Tensor, num_heads: int) -> Tensor:
     return weight.view(num_heads, 2, rows // num_heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def write_gguf(model: Any, path: Path) -> None:
+#: llama.cpp's own layouts of as many bits as ours.
+LAYOUTS = {"int8": "Q8_0", "int4": "Q4_0"}
+
+
+def write_gguf(model: Any, path: Path, weights: str | None = None) -> None:
     """Write a float32 or bfloat16 Llama of `synthetic.make_pair`; norms are float32, as llama.cpp wants them.
+
+    `weights`: of `LAYOUTS`, for all matrices; None: as they are.
 
     Pieces are user-defined tokens, which its tokenizer matches literally: the text `<t00300><t00301>` is two ids.
     """
@@ -59,10 +65,13 @@ def write_gguf(model: Any, path: Path) -> None:
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_vocab_size(config.vocab_size)
     half = model.dtype == torch.bfloat16
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if half else gguf.LlamaFileType.ALL_F32)
+    layout = gguf.GGMLQuantizationType[LAYOUTS[weights]] if weights else None
+    kinds = gguf.LlamaFileType
+    plain = kinds.MOSTLY_BF16 if half else kinds.ALL_F32
+    writer.add_file_type(kinds[f"MOSTLY_{layout.name}"] if layout is not None else plain)
     _add_tokenizer(writer, config.vocab_size)
     for name, weight in model.named_parameters():
-        _add_tensor(writer, name, weight.detach(), config)
+        _add_tensor(writer, name, weight.detach(), config, layout)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -87,13 +96,17 @@ def _add_tokenizer(writer: Any, vocab_size: int) -> None:
     writer.add_add_space_prefix(False)
 
 
-def _add_tensor(writer: Any, name: str, weight: Tensor, config: Any) -> None:
+def _add_tensor(writer: Any, name: str, weight: Tensor, config: Any, layout: Any) -> None:
     import gguf
 
     if "q_proj" in name:
         weight = interleave(weight, config.num_attention_heads)
     elif "k_proj" in name:
         weight = interleave(weight, config.num_key_value_heads)
+    if weight.ndim > 1 and layout is not None:
+        raw = gguf.quants.quantize(weight.float().contiguous().numpy(), layout)
+        writer.add_tensor(tensor_name(name), raw, raw_dtype=layout)
+        return
     if weight.ndim == 1 or weight.dtype == torch.float32:
         writer.add_tensor(tensor_name(name), weight.float().contiguous().numpy())
         return

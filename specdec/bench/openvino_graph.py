@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _NUM_FIXED_INPUTS = 3
+_GROUP = 64  # inputs that share a scale in 4 bits
 
 
 class _Joining(CacheLayerMixin):
@@ -133,10 +134,54 @@ def _start_empty(graph: Any, heads: int, size: int) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def convert(source: str, folder: str) -> None:
+def round_weights(graph: Any, weights: str) -> int:
+    """Store the matrices of all products in 8 bits (a scale per output) or 4 (a scale for 64 inputs); how many.
+
+    As OpenVINO's own tool writes them: unsigned codes, less their middle, times the scale.
+    """
+    import numpy as np
+    from openvino import opset13 as ops
+
+    bits, count = {"int8": 8, "int4": 4}[weights], 0
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "MatMul" or node.input_value(1).get_node().get_type_name() != "Constant":
+            continue
+        constant = node.input_value(1).get_node()
+        weight = np.array(constant.data, dtype=np.float32)
+        if not node.get_attributes()["transpose_b"] or weight.ndim != 2:
+            continue
+        outputs, inputs = weight.shape
+        grouped = weight.reshape(outputs, -1, _GROUP if bits == 4 else inputs)
+        middle = 1 << (bits - 1)
+        scales = np.maximum(np.abs(grouped).max(-1, keepdims=True), 1e-30) / (middle - 1)
+        codes = (np.rint(grouped / scales) + middle).astype(np.uint8)
+        # The plugin reads weights as stored only where their middle is stored alike.
+        middles = np.full(scales.shape, middle, dtype=np.uint8)
+        stored, shift = (_four_bits(codes), _four_bits(middles)) if bits == 4 else map(ops.constant, (codes, middles))
+        shifted = ops.subtract(ops.convert(stored, "f32"), ops.convert(shift, "f32"))
+        shape = ops.constant(np.array([outputs, inputs], dtype=np.int64))
+        exact = ops.reshape(ops.multiply(shifted, ops.constant(scales)), shape, False)
+        node.input(1).replace_source_output(exact.output(0))
+        count += 1
+    graph.validate_nodes_and_infer_types()
+    return count
+
+
+def _four_bits(codes: Any) -> Any:
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    pairs = codes.reshape(-1, 2)
+    stored = ov.Tensor(ov.Type.u4, ov.Shape(list(codes.shape)))  # has memory of its own, which the constant shares
+    stored.data.reshape(-1)[:] = pairs[:, 0] | pairs[:, 1] << 4
+    return ops.constant(stored)
+
+
+def convert(source: str, folder: str, weights: str | None) -> None:
     """Write what `LLMPipeline` reads of a saved model: graph, tokenizer, detokenizer. Weights become float32.
 
     Half-precision weights keep their values: a plugin that computes in bfloat16 rounds them back to what they were.
+    `weights`: what `round_weights` then makes of them; None: nothing.
     """
     import openvino as ov
     from openvino_tokenizers import convert_tokenizer
@@ -145,7 +190,10 @@ def convert(source: str, folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    ov.save_model(build_graph(model), target / "openvino_model.xml", compress_to_fp16=False)
+    graph = build_graph(model)
+    if weights is not None:
+        round_weights(graph, weights)
+    ov.save_model(graph, target / "openvino_model.xml", compress_to_fp16=False)
     made = convert_tokenizer(AutoTokenizer.from_pretrained(source), with_detokenizer=True)
     for part, graph in zip(("tokenizer", "detokenizer"), made, strict=True):
         ov.save_model(graph, target / f"openvino_{part}.xml")

@@ -11,10 +11,10 @@ from specdec.bench.peer_process import serve
 _pipelines: dict[str, Any] = {}
 
 
-def convert(source: str, folder: str) -> None:
+def convert(source: str, folder: str, weights: str | None) -> None:
     from specdec.bench.openvino_graph import convert  # needs torch and transformers, which running does not
 
-    convert(source, folder)
+    convert(source, folder, weights)
 
 
 def load(name: str, target: str, draft: str | None, properties: Mapping[str, Any]) -> None:

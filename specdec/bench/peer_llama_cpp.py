@@ -122,14 +122,14 @@ def _call(command: Sequence[str]) -> tuple[str, str]:
 
 def rows(pair: Pair, setting: Setting, folder: Path) -> list[Method]:
     """Plain, and with the draft model at each k; weights in the run's own dtype."""
-    from specdec.bench.gguf_file import write_gguf
+    from specdec.bench.gguf_file import LAYOUTS, write_gguf
 
     files = {name: setting.folder / f"{name}.gguf" for name in ("target", "draft")}
     for name, model in (("target", pair.target), ("draft", pair.draft)):
         setting.say(f"writing the {name} for llama.cpp")
-        write_gguf(model, files[name])
+        write_gguf(model, files[name], setting.weights)
     tools = {name: str(_tool(folder, name)) for name in TOOLS}
-    kind = dtype_name(setting.dtype)
+    kind = LAYOUTS[setting.weights] if setting.weights else dtype_name(setting.dtype)
 
     length, plain_ids = setting.max_new_tokens, dict[tuple[int, ...], tuple[int, ...]]()
 

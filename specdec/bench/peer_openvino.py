@@ -35,13 +35,14 @@ def check() -> None:
 
 
 def rows(pair: Pair, setting: Setting) -> list[Method]:
-    """Plain, and with the draft model at each k; exact settings in float32, its own fast ones in bfloat16."""
+    """Plain, and with the draft model at each k; exact settings in float32, its own fast ones for all else."""
     graphs = setting.folder / "openvino"
     with PeerProcess(WORKER) as converter:
         for source in pair.save(setting.folder / "saved"):
             setting.say(f"converting the {source.name} for OpenVINO")
-            converter.ask("convert", source=str(source), folder=str(graphs / source.name))
-    exact = setting.dtype == torch.float32
+            folder = str(graphs / source.name)
+            converter.ask("convert", source=str(source), folder=folder, weights=setting.weights)
+    exact = setting.dtype == torch.float32 and setting.weights is None
     properties = {**(EXACT if exact else HALF), "INFERENCE_NUM_THREADS": setting.threads}
     setting.say("loading into OpenVINO")
     worker = setting.started(PeerProcess(WORKER))
@@ -60,6 +61,7 @@ def rows(pair: Pair, setting: Setting) -> list[Method]:
             return Made(tokens, steps=len(tokens) - made["accepted"], seconds=made["seconds"])
 
         kind = "exact float32" if exact else "bfloat16, its default settings"
+        kind = f"{setting.weights} weights, {kind}" if setting.weights else kind
         return Method(
             ENGINE if plain else f"{ENGINE}-draft-k{k}",
             ENGINE,

@@ -15,6 +15,8 @@ from specdec.bench.synthetic import Pair
 from specdec.errors import InputError
 
 OPENVINO, LLAMA_CPP = "openvino", "llama.cpp"
+#: Weights in fewer bits that all peers know, by the name of our format for the same number of bits.
+WEIGHTS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Setting:
     folder: Path
     say: Callable[[str], None]
     stack: ExitStack
+    weights: str | None = None  # one of WEIGHTS: rounded by each peer in its own way, target's and draft's
 
     def started(self, process: PeerProcess) -> PeerProcess:
         """`process`, which ends with the run."""

@@ -179,7 +179,7 @@ def build_subject(arguments: argparse.Namespace, say: Callable[[str], None]) -> 
     prompts = synthetic.make_prompts(pair.shape, arguments.prompts, arguments.prompt_tokens)
     more = synthetic.make_prompts(pair.shape, BATCH_SIZE, arguments.prompt_tokens, seed=1)
     batch = [*prompts, *more][: max(BATCH_SIZE, len(prompts))]
-    return Subject(preset, target, draft, pair.tokenizer, prompts, batch, pair, vocabulary)
+    return Subject(preset, target, draft, pair.tokenizer, prompts, batch, pair, vocabulary, arguments.quantize)
 
 
 def _loaded(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> Subject:
@@ -260,8 +260,12 @@ def _check_peers(arguments: argparse.Namespace, peers: Any) -> None:
     preset = chosen_preset(arguments)
     if preset in (None, EMBEDDED):
         raise InputError("peers run on a synthetic pair's weights; use --preset 134m, or leave --peer out")
-    if arguments.quantize is not None or arguments.draft_quantize is not None:
-        raise InputError("peers run on full-precision weights; leave --quantize and --draft-quantize out, or --peer")
+    given = {arguments.quantize, arguments.draft_quantize}
+    if given != {None} and (len(given) > 1 or not given <= set(peers.WEIGHTS)):
+        raise InputError(
+            f"peers round target and draft alike, to {' or '.join(peers.WEIGHTS)}: give --quantize and "
+            "--draft-quantize the same one of these, or leave --peer out"
+        )
     device = options.checked_device(arguments.device)
     kind = device.type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     peers.check(arguments.peer, kind, chosen_dtype(arguments, preset) or torch.float32)

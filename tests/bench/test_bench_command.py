@@ -134,6 +134,10 @@ def test_a_backend_that_does_not_run_the_model_leaves_the_rest_of_the_table(monk
     [
         (["--peer", "vllm"], "there are openvino and llama.cpp"),
         (["--preset", "embedded", "--peer", "openvino"], "use --preset 134m"),
+        (
+            ["--preset", "tiny", "--peer", "openvino", "--quantize", "int4"],
+            "round target and draft alike, to int8 or int4",
+        ),
         (["--target", "x", "--preset", "tiny"], "one or the other"),
         (["--drafter", "x"], "the draft of --target"),
         (["--preset", "embedded", "--agreement", "0.5"], "what its training gave"),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -253,3 +254,34 @@ def test_openvino_gives_its_own_process_the_work_and_exact_float32_the_same_ids(
     assert drafting.steps < 16
     assert plain.seconds
     assert plain.seconds > 0
+
+
+@pytest.mark.parametrize(("weights", "error"), [("int8", 0.01), ("int4", 0.15)])
+def test_openvino_products_on_rounded_weights_are_near_the_exact_ones(weights, error):
+    ov = pytest.importorskip("openvino")
+    from openvino import opset13 as ops
+
+    from specdec.bench.openvino_graph import round_weights
+
+    noise = np.random.default_rng(0)
+    weight, rows_of = noise.standard_normal((48, 128), np.float32), noise.standard_normal((3, 128), np.float32)
+    x = ops.parameter([-1, 128], ov.Type.f32)
+    graph = ov.Model([ops.matmul(x, ops.constant(weight), False, True)], [x])
+    assert round_weights(graph, weights) == 1
+    out = ov.Core().compile_model(graph, "CPU", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})([rows_of])[0]
+    expected = rows_of @ weight.T
+    apart = np.abs(out - expected).mean() / np.abs(expected).mean()
+    assert error / 20 < apart < error
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8.5), ("int4", 4.5)])
+def test_gguf_files_hold_rounded_matrices(weights, bits, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from specdec.bench.gguf_file import LAYOUTS, write_gguf
+
+    pair = make_pair("tiny", dtype=torch.bfloat16)
+    write_gguf(pair.target, tmp_path / "model.gguf", weights)
+    for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors:
+        matrix = len(tensor.shape) > 1
+        assert tensor.tensor_type.name == (LAYOUTS[weights] if matrix else "F32")
+        assert tensor.n_bytes * 8 == tensor.n_elements * (bits if matrix else 32)
