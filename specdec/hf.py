@@ -63,6 +63,7 @@ def speculate(
     stop_strings: str | Sequence[str] = (),
     streamer: Any = None,
     backend: str = "eager",
+    kv_cache: str | None = None,
     exact: bool = False,
     strict: bool = False,
     allow_lossy: bool = False,
@@ -77,8 +78,9 @@ def speculate(
     ```
     `drafter`: a loaded draft model, a plugin's name ("ngram", "suffix": no weights needed), a folder, a hub id or a
     `Drafter`; None decodes plainly. `verifier`, `policy`, `backend`, `exact`, `strict`, `allow_lossy`: as for
-    `SpeculativeDecoder`. `stats` is called with the `Stats` of each text. Keep the callable: the drafter and the
-    runtime are built at the first call for a model and reused.
+    `SpeculativeDecoder`; `kv_cache` too, with which the tokens are those of plain decoding on such a cache. `stats` is
+    called with the `Stats` of each text. Keep the callable: the drafter and the runtime are built at the first call for
+    a model and reused.
 
     `generate` drops `streamer`, `tokenizer` and `assistant_model` on the way to a callable. Give `streamer=` and
     `stop_strings=` with `tokenizer=` here; the two others that reach `generate` are refused.
@@ -95,7 +97,14 @@ def speculate(
     """
     if stop_strings and tokenizer is None:
         raise InputError("stop_strings need a tokenizer; pass tokenizer= beside them")
-    options = dict(verifier=verifier, policy=policy, tokenizer=tokenizer, backend=backend, allow_lossy=allow_lossy)
+    options = dict(
+        verifier=verifier,
+        policy=policy,
+        tokenizer=tokenizer,
+        backend=backend,
+        kv_cache=kv_cache,
+        allow_lossy=allow_lossy,
+    )
     stops = StoppingCriteriaList()
     if stop_strings:
         texts = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)

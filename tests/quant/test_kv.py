@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_eagle
 import tiny_models
 import torch
-from specdec.drafters import EarlyExitDrafter, ModelDrafter, NoDrafter, SelfQuantDrafter
+from specdec.drafters import EagleDrafter, EarlyExitDrafter, ModelDrafter, NoDrafter, SelfQuantDrafter
 from torch import Tensor
 from transformers import DynamicCache
 
 import specdec
+import specdec.hf
 from specdec.drafter import Drafter
 from specdec.errors import BackendWarning
 from specdec.kernels import ops
@@ -158,6 +160,40 @@ def test_drafts_on_the_targets_own_slots(backend: str, dtype: torch.dtype, name:
         out = made.generate(PROMPT, max_new_tokens=24, policy=policy, strict=True)
         assert out.tokens == plain.generate_plain(PROMPT, max_new_tokens=24).tokens
         assert out.stats.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("name", KV_CACHES)
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+def test_drafts_that_read_hidden_states(backend: str, dtype: torch.dtype, name: str) -> None:
+    target = model("qwen3", dtype)
+    head = tiny_eagle.head(target, head_dim=32).to(dtype)
+    made = decoder(target, EagleDrafter(head, backend, kv_cache=name), name, backend)
+    assert made.drafter._backend.kv_cache == name
+    for policy in POLICIES:
+        out = made.generate(PROMPT, max_new_tokens=16, policy=policy, strict=True)
+        assert out.tokens == made.generate_plain(PROMPT, max_new_tokens=16).tokens
+        assert out.stats.num_draft_tokens > 0
+
+
+def test_exact_texts_in_half_precision() -> None:
+    """Stock products, where a difference in the last bit may move a stored code by a whole step."""
+    target = model("qwen3", torch.bfloat16)
+    made = decoder(target, tiny_models.noisy(target, 0.01), "int8", "eager")
+    for seed in range(3):
+        options = {"max_new_tokens": 30, "temperature": 1.0, "seed": seed}
+        out = made.generate(PROMPT, exact=True, strict=True, **options)
+        assert out.tokens == made.generate_plain(PROMPT, **options).tokens
+
+
+def test_generate_of_transformers() -> None:
+    target = model("llama")
+    draft = tiny_models.noisy(target, 0.02)
+    ids = torch.tensor([PROMPT])
+    faster = specdec.hf.speculate(draft, kv_cache="int8", policy=Fixed(4))
+    out = target.generate(ids, max_new_tokens=20, do_sample=False, custom_generate=faster)
+    plain = decoder(target, NoDrafter(), "int8", "eager").generate_plain(PROMPT, max_new_tokens=20)
+    assert out[0, len(PROMPT) :].tolist() == plain.tokens
+    assert faster.decoder(target).backend.kv_cache == "int8"
 
 
 @pytest.mark.parametrize("name", KV_CACHES)
