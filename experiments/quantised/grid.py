@@ -149,13 +149,14 @@ def text_of(report: dict[str, Any]) -> str:
         cells += [f"{row['speculative']['median'] / row['product']:.2f}", interval(row["over_own_plain"])]
         cells += [interval(row["over_generate"]), f"{row['tokens_per_round']:.2f}", row["identical"]]
         lines.append("| " + " | ".join(cells) + " |")
+    body = "| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|\n" + "\n".join(lines) + "\n"
     return (
         f"## {report['preset']}\n\n{report['date']}, {report['machine']}, {report['dtype']}, "
         f"{report['threads']} threads, k = {report['k']}, {report['max_new_tokens']} new tokens, "
-        f"{report['prompts']} prompts × {report['repetitions']}; clean timings {report['clean']} of {report['slices']}. × is over our own "
-        f"plain loop on full-precision weights, unless a column says otherwise. Printed by `{report['command']}`.\n\n"
-        + "| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|\n" + "\n".join(lines) + "\n"
-    )  # fmt: skip
+        f"{report['prompts']} prompts × {report['repetitions']}; clean timings {report['clean']} of "
+        f"{report['slices']}. × is over our own plain loop on full-precision weights, unless a column says otherwise. "
+        f"Printed by `{report['command']}`.\n\n{body}"
+    )
 
 
 def main() -> int:
