@@ -55,6 +55,10 @@ def open_backend(
                 warnings.warn(f"the eager backend is used: {error}", BackendWarning, stacklevel=3)
         return backend
     backend = registry.find("backend", name).open(model, **options)
+    if backend.kv_cache != kv_cache:  # a third party's, which passed over an option that it does not know
+        raise UnsupportedModelError(
+            f"the {name} backend does not store keys and values in {kv_cache}; use backend='eager', or no kv_cache"
+        )
     if numerics == "invariant" and backend.numerics != "invariant":
         raise InputError(
             f"numerics='invariant' cannot be had from the {name} backend here ({backend.describes}); "

@@ -15,12 +15,14 @@ from transformers import DynamicCache
 
 import specdec
 import specdec.hf
+from specdec import registry
 from specdec.drafter import Drafter
 from specdec.errors import BackendWarning
 from specdec.kernels import ops
 from specdec.policy import Fixed, Policy
 from specdec.quant.kv import KV_CACHES, kv_format
 from specdec.quant.mx import MXFormat
+from specdec.runtime.backends.eager import EagerBackend
 from specdec.runtime.choose import open_backend
 from specdec.tree_policy import DynamicTree, StaticTree
 
@@ -264,6 +266,20 @@ def test_a_draft_goes_without_where_it_must() -> None:
 def test_other_backends_refuse() -> None:
     with pytest.raises(specdec.errors.UnsupportedModelError, match="not in int8; use backend='eager'"):
         open_backend(model(dtype=torch.float32), "cuda", kv_cache="int8", kernels="twin")
+
+
+def test_a_backend_that_passes_over_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Careless(EagerBackend):
+        @classmethod
+        def open(cls, model: Any, **options: Any) -> Any:
+            return super().open(model)
+
+    monkeypatch.setattr(registry, "find", lambda kind, name: Careless)
+    assert open_backend(model(), "careless").kv_cache is None
+    with pytest.raises(
+        specdec.errors.UnsupportedModelError, match="careless backend does not store keys and values in"
+    ):
+        open_backend(model(), "careless", kv_cache="int8")
 
 
 def test_layers_without_slots_are_refused_as_before() -> None:
