@@ -35,8 +35,13 @@ static const Table<E>& table_of() {
   return table;
 }
 
-static INLINE void ask(const uint8_t* from, int64_t ahead) {
-  if (ahead) __builtin_prefetch(from + ahead, 0, 2);
+static INLINE void ask(const uint8_t* from, int64_t far) {
+  if (far) __builtin_prefetch(from + far, 0, 2);
+}
+
+// `bytes` of scales, zeros or masks, which are read alongside the codes.
+static INLINE void ask_all(const void* from, int64_t far, int64_t bytes) {
+  for (int64_t i = 0; far && i < bytes; i += 64) ask(static_cast<const uint8_t*>(from) + i, far);
 }
 
 // Sixteen bytes to the 32 values of their codes: `values` has one for each code. Shifts are products, which leave the
@@ -57,8 +62,10 @@ static void decode_mxfp4(const Stored& weight, int64_t n, int64_t k, int64_t len
   const Table<E2M1>& table = table_of<E2M1>();
   const uint8_t* codes = weight.codes + n * weight.code_bytes + k / 2;
   const uint8_t* scales = static_cast<const uint8_t*>(weight.scales) + n * weight.num_scales + k / kBlock;
+  const int64_t far = ahead * weight.code_bytes;
+  ask_all(scales, ahead * weight.num_scales, length / kBlock);
   for (int64_t b = 0; b < length / kBlock; b++) {
-    if (b % 4 == 0) ask(codes + b * 16, ahead);
+    if (b % 4 == 0) ask(codes + b * 16, far);
     look_up(codes + b * 16, _mm256_load_si256(reinterpret_cast<const __m256i*>(table.values[scales[b]])),
             out + b * kBlock);
   }
@@ -81,8 +88,10 @@ static void decode_mxfp6(const Stored& weight, int64_t n, int64_t k, int64_t len
   const Table<E>& table = table_of<E>();
   const uint8_t* codes = weight.codes + n * weight.code_bytes + k / 4 * 3;
   const uint8_t* scales = static_cast<const uint8_t*>(weight.scales) + n * weight.num_scales + k / kBlock;
+  const int64_t far = ahead * weight.code_bytes;
+  ask_all(scales, ahead * weight.num_scales, length / kBlock);
   for (int64_t b = 0; b < length / kBlock; b++) {
-    ask(codes + b * 24, ahead);
+    ask(codes + b * 24, far);
     const uint16_t* values = table.values[scales[b]];
     _mm512_storeu_si512(out + b * kBlock,
                         _mm512_permutex2var_epi16(_mm512_load_si512(values), sextets(codes + b * 24),
@@ -96,8 +105,10 @@ static void decode_mxfp8(const Stored& weight, int64_t n, int64_t k, int64_t len
   const uint8_t* codes = weight.codes + n * weight.code_bytes + k;
   const uint8_t* scales = static_cast<const uint8_t*>(weight.scales) + n * weight.num_scales + k / kBlock;
   const __m512i sign = _mm512_set1_epi16(int16_t(0x8000)), half = _mm512_set1_epi16(0x40);
+  const int64_t far = ahead * weight.code_bytes;
+  ask_all(scales, ahead * weight.num_scales, length / kBlock);
   for (int64_t b = 0; b < length / kBlock; b++) {
-    ask(codes + b * 32, ahead);
+    ask(codes + b * 32, far);
     const uint16_t* values = table.values[scales[b]];
     const __m512i words =
         _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + b * 32)));
@@ -114,8 +125,10 @@ static void decode_mxfp8(const Stored& weight, int64_t n, int64_t k, int64_t len
 static void decode_mxint8(const Stored& weight, int64_t n, int64_t k, int64_t length, Bf16* out, int64_t ahead) {
   const uint8_t* codes = weight.codes + n * weight.code_bytes + k;
   const uint8_t* scales = static_cast<const uint8_t*>(weight.scales) + n * weight.num_scales + k / kBlock;
+  const int64_t far = ahead * weight.code_bytes;
+  ask_all(scales, ahead * weight.num_scales, length / kBlock);
   for (int64_t b = 0; b < length / kBlock; b++) {
-    ask(codes + b * 32, ahead);
+    ask(codes + b * 32, far);
     if (__builtin_expect(scales[b] < 16 || scales[b] == 255, 0)) {
       mx_block<SignedByte>(codes + b * 32, scales[b], out + b * kBlock);
       continue;
@@ -155,9 +168,11 @@ static void decode_int4_symmetric(const Stored& weight, int64_t n, int64_t k, in
   static const Points points;
   const uint8_t* codes = weight.codes + n * weight.code_bytes + k / 2;
   const Bf16* scales = static_cast<const Bf16*>(weight.scales) + n * weight.num_scales + k / GROUP;
+  const int64_t far = ahead * weight.code_bytes;
+  ask_all(scales, ahead * 2 * weight.num_scales, 2 * length / GROUP);
   for (int64_t g = 0; g < length / GROUP; g++, codes += GROUP / 2, out += GROUP) {
     const Bf16 scale = scales[g];
-    ask(codes, ahead);
+    ask(codes, far);
     if (__builtin_expect(!is_plain(scale), 0)) {
       for (int j = 0; j < GROUP; j += kBlock) int4_block(codes + j / 2, to_float(scale), 8, out + j);
       continue;
@@ -177,6 +192,8 @@ static void decode_int4_zeros(const Stored& weight, int64_t n, int64_t k, int64_
   const Bf16* scales = static_cast<const Bf16*>(weight.scales) + n * weight.num_scales + k / group;
   const uint8_t* zeros = weight.zeros + n * weight.num_scales + k / group;
   const __m512 points = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const int64_t far = ahead * weight.code_bytes;
+  ask_all(scales, ahead * 2 * weight.num_scales, 2 * length / group);
   for (int64_t i = 0; i < length; i += group, scales++, zeros++) {
     if (__builtin_expect(!is_plain(*scales), 0)) {
       for (int64_t j = i; j < i + group; j += kBlock) int4_block(codes + j / 2, to_float(*scales), *zeros, out + j);
@@ -185,7 +202,7 @@ static void decode_int4_zeros(const Stored& weight, int64_t n, int64_t k, int64_
     const __m512 apart = _mm512_sub_ps(points, _mm512_set1_ps(float(*zeros)));
     const __m256i values = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(apart, _mm512_set1_ps(to_float(*scales))));
     for (int64_t j = i; j < i + group; j += kBlock) {
-      if (j % 128 == 0) ask(codes + j / 2, ahead);
+      if (j % 128 == 0) ask(codes + j / 2, far);
       look_up(codes + j / 2, values, out + j);
     }
   }
@@ -207,10 +224,12 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt")))
   const Bf16* end = values + weight.num_scales;
   values += stored_before(mask, k);
   mask += k / 8;
+  const int64_t far = ahead * weight.num_scales * 2;
+  ask_all(mask, ahead * weight.code_bytes, length / 8);
   for (int64_t b = 0; b < length / kBlock; b++) {
     uint32_t bits;
     memcpy(&bits, mask + b * 4, 4);
-    if (ahead) __builtin_prefetch(reinterpret_cast<const uint8_t*>(values) + 16 * weight.num_scales, 0, 2);
+    ask(reinterpret_cast<const uint8_t*>(values), far);
     const __m512i stored = __builtin_expect(end - values >= kBlock, 1)
                                ? _mm512_loadu_si512(values)
                                : _mm512_maskz_loadu_epi16((1u << (end - values)) - 1, values);

@@ -17,25 +17,21 @@ static INLINE void packed_tile(const typename V::T* x, const Stored& weight, Dec
   // Rows that lie a power of two apart would push each other out of the cache.
   constexpr int64_t pitch = kPiece<V> + 64 / int64_t(sizeof(typename V::T));
   alignas(64) typename V::T decoded[NR * pitch];
-  for (int j = 0; j < NR; j++) decode(weight, n + j, k, length, decoded + j * pitch, 2 * NR * weight.code_bytes);
+  for (int j = 0; j < NR; j++) decode(weight, n + j, k, length, decoded + j * pitch, 2 * NR);
   dot_tile<V, MR, NR, false>(x, decoded, pitch, nullptr, length, first, last, saved, out);
 }
 
-// MR rows of packed x with NR * tiles weight rows from n0 on.
+// MR rows of packed x with NR weight rows from n on.
 template <class V, int MR, int NR, class Sink>
-static void packed_panel(const typename V::T* packed, const Stored& weight, Decode<typename V::T> decode, int64_t K,
-                         int64_t n0, int64_t tiles, const Sink& sink) {
-  typename V::Acc saved[kStream * MR * NR];
+static INLINE void packed_panel(const typename V::T* packed, const Stored& weight, Decode<typename V::T> decode,
+                                int64_t K, int64_t n, const Sink& sink) {
+  typename V::Acc saved[MR * NR];
   typename V::A out[MR * NR];
   for (int64_t k = 0; k < K; k += kPiece<V>) {
     const bool last = k + kPiece<V> >= K;
-    for (int64_t t = 0; t < tiles; t++) {
-      packed_tile<V, MR, NR>(packed + k * MR, weight, decode, n0 + t * NR, k, last ? K - k : kPiece<V>, k == 0, last,
-                             saved + t * MR * NR, out);
-      if (last)
-        for (int i = 0; i < MR; i++) sink.put(i, n0 + t * NR, NR, out + i * NR);
-    }
+    packed_tile<V, MR, NR>(packed + k * MR, weight, decode, n, k, last ? K - k : kPiece<V>, k == 0, last, saved, out);
   }
+  for (int i = 0; i < MR; i++) sink.put(i, n, NR, out + i * NR);
 }
 
 template <class V, int MR, class Sink>
@@ -46,18 +42,14 @@ static void packed_strip(const Packed& op, Decode<typename V::T> decode, int64_t
   for (int64_t k = 0; k < K; k += kPiece<V>)
     pack<V, MR>(static_cast<const typename V::T*>(op.x) + k, K, K - k < kPiece<V> ? K - k : kPiece<V>,
                 packed + k * MR);
-  // Where all of x stays in the first-level cache, weights are read in the order in which they lie.
-  const int64_t most = K * MR * int64_t(sizeof(typename V::T)) <= kPieceBytes ? 1 : kStream;
+  // Weights are read in the order in which they lie; x comes from the second-level cache where it is too long for the
+  // first, which takes less time than decoding.
   int64_t n = n0;
-  for (; n1 - n >= NR;) {
-    const int64_t tiles = (n1 - n) / NR < most ? (n1 - n) / NR : most;
-    packed_panel<V, MR, NR>(packed, op.weight, decode, K, n, tiles, sink);
-    n += tiles * NR;
-  }
+  for (; n1 - n >= NR; n += NR) packed_panel<V, MR, NR>(packed, op.weight, decode, K, n, sink);
   if (n < n1 && n1 - n0 >= NR)  // the last rows once more: the same bits, written twice
-    packed_panel<V, MR, NR>(packed, op.weight, decode, K, n1 - NR, 1, sink);
+    packed_panel<V, MR, NR>(packed, op.weight, decode, K, n1 - NR, sink);
   else
-    for (; n < n1; n++) packed_panel<V, MR, 1>(packed, op.weight, decode, K, n, 1, sink);
+    for (; n < n1; n++) packed_panel<V, MR, 1>(packed, op.weight, decode, K, n, sink);
 }
 
 // More rows than a strip holds: blocks of weights are decoded into the second-level cache, and all rows pass over them.

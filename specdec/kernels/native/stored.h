@@ -13,8 +13,8 @@ using namespace specdec;
 
 constexpr int64_t kBlock = 32;  // weights decoded at a time; a scale belongs to one or more whole blocks
 
-// Writes `length` weights of row n from input k on, both multiples of the group. Codes that lie `ahead` bytes behind
-// those that are read are asked for meanwhile.
+// Writes `length` weights of row n from input k on, both multiples of the group. What is stored of the same inputs
+// `ahead` rows later is asked for meanwhile; 0: nothing.
 template <class T>
 using Decode = void (*)(const Stored& weight, int64_t n, int64_t k, int64_t length, T* out, int64_t ahead);
 
