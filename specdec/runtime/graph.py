@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 
 from specdec.kernels.build import cache_folder
+from specdec.quant.linear import PackedLinear
 from specdec.runtime.native import NativeModel
 
 #: Rows of one call, at most: more go through the model's own Python.
@@ -55,8 +56,11 @@ def fingerprint(model: NativeModel) -> str:
     shapes = [(name, list(t.shape), list(t.stride()), str(t.dtype)) for name, t in found]
     # The compiler writes such small tensors into the code as numbers.
     inlined = [(name, t.double().tolist()) for name, t in found if t.numel() <= _INLINED]
+    # Formats may store tensors of the same shapes, and their products are written into the code.
+    stored = [(name, m.format.name) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
     facts = {
         "format": _FORMAT,
+        "stored": stored,
         "class": f"{type(model.model).__module__}.{type(model.model).__qualname__}",
         "config": config,
         "tensors": shapes,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import stored_models as made
+import tiny_models
 import torch
 
 import specdec
@@ -21,6 +22,7 @@ from specdec.policy import Fixed
 from specdec.quant.format import parse
 from specdec.quant.hf import empty_model
 from specdec.quant.linear import named_packed, stored_as
+from specdec.quant.methods import prepare_model
 from specdec.runtime import graph
 from specdec.runtime.backends.compiled import CompiledBackend
 from specdec.runtime.native import NativeModel
@@ -221,3 +223,11 @@ def test_a_backend_opens_models_with_stored_weights_and_no_others(stored: Path) 
     model.hf_quantizer = object()
     with pytest.raises(UnsupportedModelError, match="quantised by another library"):
         CompiledBackend.open(model, compile="never")
+
+
+@pytest.mark.skipif(not ops.available(), reason="no compiled kernels")
+def test_formats_of_the_same_size_do_not_share_a_graph() -> None:
+    model = tiny_models.tiny("llama")
+    marks = {graph.fingerprint(NativeModel(prepare_model(model, name))) for name in ("mxfp6_e2m3", "mxfp6_e3m2")}
+    assert len(marks) == 2
+    assert graph.fingerprint(NativeModel(prepare_model(model, "mxfp6_e2m3"))) in marks
