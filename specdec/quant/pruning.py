@@ -156,7 +156,7 @@ def wanda(
     """
     # Imported here: the calibration text may come from training's reader, and training uses what stands above.
     from specdec.quant.methods.calibration import check_tokens
-    from specdec.runtime.native import is_spread
+    from specdec.runtime.copies import is_spread
 
     pattern, layers = Pattern.of(sparsity), prunable(model, skip)
     check_weights(layers, pattern)

@@ -6,8 +6,7 @@ stays as it was. Shape suffixes: M rows of one step, W width of hidden states.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from specdec.kernels import ops, packed
 from specdec.quant.hf import is_ours
 from specdec.quant.linear import PackedLinear
 from specdec.runtime.cache import layer_types
+from specdec.runtime.copies import is_spread, with_layers
 
 ATTENTION = "specdec"
 # Keyword arguments of attention functions that change nothing here, or that the step's own data stand for.
@@ -113,18 +113,6 @@ class NativeCall:
 
     def __init__(self, handle: Tensor, windows: tuple[int, ...], kernels: Kernels):
         self.handle, self.windows, self.kernels = handle, windows, kernels
-
-
-def with_layers(model: Any, make: Callable[[str, nn.Module], nn.Module | None]) -> Any:
-    """A copy of a model that shares every tensor with it, but has `make(name, layer)` in place of each layer for which
-    that is not None."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    for name, layer in list(twin.named_modules()):
-        made = make(name, layer) if name else None
-        if made is not None:
-            twin.set_submodule(name, made)
-    return twin
 
 
 def _is_stock(module: nn.Module) -> bool:
@@ -225,11 +213,6 @@ def unsupported(model: Any) -> str | None:
     if model.dtype not in ops.DTYPES:
         return f"the native kernels know float32, bfloat16 and float64, not {dtype_name(model.dtype)}"
     return obstacle(model)
-
-
-def is_spread(model: Any) -> bool:
-    """Whether accelerate hooks move what its layers work on: a copy, or a part of it, would not obey them."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def obstacle(model: Any) -> str | None:

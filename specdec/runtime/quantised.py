@@ -14,7 +14,7 @@ from specdec.quant.hf import is_ours, packed_layers
 from specdec.quant.layers import candidates, linear_shape, weight_of
 from specdec.quant.linear import PackedLinear
 from specdec.quant.recipe import Recipe
-from specdec.runtime.native import is_spread, with_layers
+from specdec.runtime.copies import is_spread, with_layers
 from specdec.runtime.shared import DerivedModel
 
 

@@ -21,7 +21,7 @@ from typing_extensions import Self
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.growth import Grown
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
-from specdec.runtime.native import is_spread
+from specdec.runtime.copies import is_spread
 from specdec.runtime.parts import LowerPart, UpperPart
 from specdec.runtime.shared import SharingBackend
 from specdec.tree import TokenTree, structure

@@ -22,10 +22,11 @@ from specdec.errors import InputError
 from specdec.quant.layers import candidates
 from specdec.quant.methods.calibration import refuse_prompts
 from specdec.quant.recipe import Recipe
+from specdec.runtime.copies import with_layers
 from specdec.train.losses import LOSSES, check_loss, divergence, overlap
 from specdec.train.objective import Batch, Losses, Objective
 from specdec.train.pruning import PRUNERS, Pruning
-from specdec.train.rounding import packed_model, rounded_layers, with_layers
+from specdec.train.rounding import packed_model, rounded_layers
 
 MASTERS = "masters.safetensors"
 
@@ -100,7 +101,7 @@ examples:
             )
         self.recipe, self.formats = recipe, recipe.assign(candidates(target))
         self.layers = rounded_layers(target, self.formats)
-        self.student = with_layers(target, self.layers)
+        self.student = with_layers(target, lambda name, _: self.layers.get(name), frozen=True)
         self.module = nn.ModuleDict({name.replace(".", "/"): layer for name, layer in self.layers.items()})
         self.depth, self.loss_name, self.with_masters = 1, check_loss(loss), masters
         self.pruning = Pruning(self.layers, prune, prune_steps, prune_share)

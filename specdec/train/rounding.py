@@ -8,7 +8,6 @@ Shape suffixes: M rows of activations, N outputs, K inputs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.errors import InputError, UnsupportedModelError
+from specdec.errors import InputError
 from specdec.kernels.packed import rounded_rows
 from specdec.loading import stored_dtype
 from specdec.quant.format import Format
@@ -26,7 +25,7 @@ from specdec.quant.layers import candidates, weight_of
 from specdec.quant.linear import PackedLinear
 from specdec.quant.recipe import Recipe
 from specdec.quant.sparse import Sparse, unpack_mask
-from specdec.runtime.native import is_spread
+from specdec.runtime.copies import with_layers
 
 
 class _Rounded(torch.autograd.Function):
@@ -114,25 +113,6 @@ class RoundedLinear(nn.Module):
         return self.format.pack(self.masters())
 
 
-def with_layers(model: Any, layers: Mapping[str, nn.Module]) -> Any:
-    """A copy of a model with other modules at the given names; it shares every tensor with it, without gradients.
-
-    `UnsupportedModelError` for a model that accelerate has spread out.
-    """
-    if is_spread(model):
-        raise UnsupportedModelError(
-            f"the layers of {type(model).__name__} are spread out by accelerate hooks, which a copy would not obey; "
-            "load it on one device"
-        )
-    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    shared.update({id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
-    twin = copy.deepcopy(model, shared)
-    for name, layer in layers.items():
-        parent, _, last = name.rpartition(".")
-        setattr(twin.get_submodule(parent), last, layer)
-    return twin
-
-
 def rounded_layers(model: Any, formats: Mapping[str, Format]) -> dict[str, RoundedLinear]:
     """Of the named linear layers of a model. `InputError` that names the layer whose weights cannot be stored."""
     found = {}
@@ -155,7 +135,7 @@ def packed_model(target: Any, layers: Mapping[str, RoundedLinear], recipe: Recip
     for name, layer in layers.items():
         N, K = layer.weight.shape
         stored[name] = PackedLinear(layer.format, K, N, layer.bias, layer.packed())
-    model = with_layers(target, stored)
+    model = with_layers(target, lambda name, _: stored.get(name), frozen=True)
     own = _file_dtype(target)
     parameters = list(model.parameters())
     if all(torch.equal(parameter.to(own).to(parameter.dtype), parameter) for parameter in parameters):

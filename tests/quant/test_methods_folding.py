@@ -12,7 +12,8 @@ from specdec.quant import named_packed
 from specdec.quant.layers import weight_of
 from specdec.quant.methods import Run, apply, prepare_model
 from specdec.quant.methods.folding import LINEAR, Anatomy, Fold
-from specdec.quant.methods.walk import Walk, shared_copy
+from specdec.quant.methods.walk import Walk
+from specdec.runtime.copies import shared_copy
 
 RECIPE = {"default": "testexact", "method": "testchance"}
 NORMS = {"self_attn.q_proj": "input_layernorm", "mlp.gate_proj": "post_attention_layernorm"}
@@ -50,7 +51,7 @@ def made(name: str) -> torch.nn.Module:
 
 def folds(model: torch.nn.Module) -> dict[str, str]:
     """What the scales of each group of the first block go into; by the group's first layer."""
-    walk = Walk(shared_copy(model), tokens())
+    walk = Walk(shared_copy(model).eval(), tokens())
     anatomy = Anatomy.of(walk.blocks[0], walk.hidden[0], walk.calls[0][0])
     groups = anatomy.find_folds(Run(model, RECIPE, tokens())._head_width(), lambda group, fold: None)
     return {group.layers[0]: group.fold.producer if group.fold else group.reason for group in groups}
@@ -108,7 +109,7 @@ def test_folds_are_found_by_what_modules_do():
 @pytest.mark.parametrize("producer", ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "self_attn.v_proj"])
 def test_a_wrong_fold_is_refused(producer):
     model = made("llama-mha")
-    walk = Walk(shared_copy(model), tokens())
+    walk = Walk(shared_copy(model).eval(), tokens())
     anatomy = Anatomy.of(walk.blocks[0], walk.hidden[0], walk.calls[0][0])
     plain = anatomy.output()
     group = next(

@@ -10,7 +10,8 @@ from torch import nn
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.quant.methods import apply
 from specdec.quant.methods.collect import ROWS
-from specdec.quant.methods.walk import Walk, decoder_layers, shared_copy
+from specdec.quant.methods.walk import Walk, decoder_layers
+from specdec.runtime.copies import shared_copy
 
 EVERYTHING = frozenset({"mean_abs_K", "amax_K", "norm_K", "hessian_KK", "rows_TK"})
 
@@ -25,7 +26,7 @@ def test_the_walk_is_the_model(name):
     model = tiny_models.tiny(name, attention="eager")
     with torch.inference_mode():
         wanted = model(input_ids=tokens(), output_hidden_states=True, use_cache=False).hidden_states
-    walk = Walk(shared_copy(model), tokens())
+    walk = Walk(shared_copy(model).eval(), tokens())
     for index in range(len(walk.blocks)):
         torch.testing.assert_close(torch.cat(walk.hidden), wanted[index], rtol=1e-12, atol=1e-12)
         walk.advance()
@@ -36,7 +37,7 @@ def test_the_walk_is_the_model(name):
 
 def test_statistics_of_an_input():
     model = tiny_models.tiny("llama")
-    walk = Walk(shared_copy(model), tokens())
+    walk = Walk(shared_copy(model).eval(), tokens())
     x_TK = walk.blocks[0].input_layernorm(torch.cat(walk.hidden)).flatten(0, 1).detach()
     found = walk.observe({"input": "self_attn.k_proj"}, EVERYTHING)["input"]
     assert found.count == 30
@@ -57,7 +58,7 @@ def test_statistics_of_an_input():
 def test_a_sample_of_rows_is_spread_over_the_text():
     model = tiny_models.tiny("llama")
     text = tokens(9, 100)
-    walk = Walk(shared_copy(model), text)
+    walk = Walk(shared_copy(model).eval(), text)
     x_TK = walk.blocks[0].input_layernorm(torch.cat(walk.hidden)).flatten(0, 1).detach()
     rows = walk.observe({"input": "self_attn.k_proj"}, EVERYTHING)["input"].rows_TK
     assert len(rows) <= ROWS

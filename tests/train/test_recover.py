@@ -26,11 +26,12 @@ from specdec.quant import PackedLinear, named_packed, parse
 from specdec.quant.layers import candidates, weight_of
 from specdec.quant.recipe import Recipe
 from specdec.quant.sparse import keep_largest
+from specdec.runtime.copies import with_layers
 from specdec.train import checkpoint, data, provenance
 from specdec.train.objective import Acceptance, create
 from specdec.train.pruning import Pruning
 from specdec.train.recover import MASTERS, RecoverObjective
-from specdec.train.rounding import RoundedLinear, rounded, with_layers
+from specdec.train.rounding import RoundedLinear, rounded
 from specdec.train.settings import Settings
 from specdec.train.trainer import look, train
 
@@ -133,7 +134,7 @@ def test_before_the_first_step_it_is_rounding_to_nearest(architecture, tmp_path)
     shapes = candidates(target).shapes
     packed = {n: PackedLinear.of(weight_of(m), m.bias, parse("int4")) for n, m in target.named_modules() if n in shapes}
     with torch.no_grad():
-        expected = with_layers(target, packed)(tokens).logits
+        expected = with_layers(target, lambda name, _: packed.get(name))(tokens).logits
         torch.testing.assert_close(made.student(tokens).logits, expected, rtol=1e-5, atol=1e-5)
         loaded = load_model(tmp_path, device="cpu")
         assert torch.equal(loaded(tokens).logits, expected)

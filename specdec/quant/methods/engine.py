@@ -18,8 +18,9 @@ from specdec.quant.linear import PackedLinear
 from specdec.quant.methods.calibration import check_tokens
 from specdec.quant.methods.folding import LINEAR, NORM, Anatomy, Fold, Group, divided, representable
 from specdec.quant.methods.method import Linear, Method, Prepared, Stats, create, working
-from specdec.quant.methods.walk import Walk, shared_copy
+from specdec.quant.methods.walk import Walk
 from specdec.quant.recipe import Recipe
+from specdec.runtime.copies import shared_copy
 
 #: Told as the work goes on: steps done, steps in all, what comes next.
 Told = Callable[[int, int, str], None]
@@ -73,7 +74,7 @@ class Run:
         self.formats = self.recipe.assign(found)
         self.method.check(self.formats)
         self.tokens_BT = check_tokens(tokens_BT, model, self.recipe.method) if self.method.needs else None
-        self.twin = shared_copy(model)
+        self.twin = shared_copy(model).eval()
         self.progress = progress or (lambda done, of, what: None)
 
     @torch.no_grad()

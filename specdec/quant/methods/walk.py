@@ -5,7 +5,6 @@ What is kept is the input of one block, for all rows. Shape suffixes: B rows, T 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,21 +19,6 @@ from specdec.quant.layers import linear_shape
 from specdec.quant.linear import PackedLinear
 from specdec.quant.methods.collect import Collector
 from specdec.quant.methods.method import Stats, rounds_activations
-from specdec.runtime.native import is_spread
-
-
-def shared_copy(model: Any) -> Any:
-    """A copy of a model whose modules are its own and whose tensors are the model's.
-
-    `UnsupportedModelError` for a model that accelerate has spread out.
-    """
-    if is_spread(model):
-        raise UnsupportedModelError(
-            f"the layers of {type(model).__name__} are spread out by accelerate hooks, which a copy would not obey; "
-            "load it on one device to calibrate it, or use the method rtn on its folder"
-        )
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared).eval()
 
 
 def decoder_layers(model: Any) -> str:
