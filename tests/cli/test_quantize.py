@@ -117,7 +117,8 @@ def test_pruned_weights_take_less_on_the_disk(run, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_the_embedded_target_is_the_default(capsys):
+def test_the_embedded_target_is_the_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     assert invoke("quantize", "--recipe", "w4a16", "--dry-run") == 0
     assert "model.layers.*.mlp.down_proj" in capsys.readouterr().out
 

@@ -7,12 +7,12 @@ import torch
 
 from specdec.errors import InputError
 from specdec.kernels import ops, packed
-from specdec.quant import Format, PackedLinear, format_names, parse
+from specdec.quant import Format, PackedLinear, parse
 from specdec.quant.bits import pack_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 OPTIONS = ["int4-g64", "int4-g128-asym", "int4-asym", "mxfp4-rceil", "sparse-2x4", "sparse-95"]
-NAMES = [*format_names(), *OPTIONS]
+NAMES = [*packed._KINDS, "int8", *OPTIONS]  # tests of other things register formats of their own
 # (outputs, inputs): fewer than a tile, no multiple of one, and longer than the pieces that are decoded at a time.
 SIZES = [(1, 128), (5, 2176), (67, 384), (50, 1152)]
 

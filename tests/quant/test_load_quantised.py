@@ -87,8 +87,6 @@ def test_rows_keep_their_bits_on_the_native_kernels(format: str, dtype: str, lla
     assert shared.stock == ([] if invariant else ["PackedLinear"])
     if not invariant:
         pytest.skip(f"no kernel for {format}")
-    import tiny_models
-
     wide = tiny_models.session(model, backend="compiled")
     wide.append(made.PROMPT)
     together = wide.forward().logits
@@ -227,7 +225,7 @@ def test_a_backend_opens_models_with_stored_weights_and_no_others(stored: Path) 
 
 @pytest.mark.skipif(not ops.available(), reason="no compiled kernels")
 def test_formats_of_the_same_size_do_not_share_a_graph() -> None:
-    model = tiny_models.tiny("llama")
+    model = made.tiny()
     marks = {graph.fingerprint(NativeModel(prepare_model(model, name))) for name in ("mxfp6_e2m3", "mxfp6_e3m2")}
     assert len(marks) == 2
     assert graph.fingerprint(NativeModel(prepare_model(model, "mxfp6_e2m3"))) in marks

@@ -3,7 +3,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
-#include "decode512.h"
+#include "decode512_float.h"
 
 namespace {
 
