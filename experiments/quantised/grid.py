@@ -189,7 +189,7 @@ def main() -> int:
         "max_new_tokens": args.max_new_tokens, "prompts": len(prompts), "repetitions": args.repetitions,
         "clean": found["clean"], "slices": found["of"],
         "backend": cells[0].decoder.backend.describes, "numerics": cells[0].decoder.backend.numerics,
-        "command": f"python experiments/quantised/grid.py --preset {args.preset}",
+        "command": f"python experiments/quantised/grid.py --preset {args.preset}" + " --no-graphs" * args.no_graphs,
         "rows": rows_of(cells, found["slices"], args.max_new_tokens),
     }  # fmt: skip
     text = text_of(report)
