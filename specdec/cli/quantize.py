@@ -206,17 +206,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is None and not arguments.dry_run:
         raise InputError("say where to: --out DIR, or --dry-run to see sizes alone")
     screen.quiet(arguments)
-    import torch
 
     from specdec.cli.quant_report import table
     from specdec.loading import EMBEDDED
     from specdec.quant.plan import prepare
     from specdec.quant.source import check_output
 
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise InputError(f"--threads is a whole number >= 1, not {arguments.threads}")
-        torch.set_num_threads(arguments.threads)
+    screen.use_threads(arguments.threads)
     out, err = screen.consoles()
     source = arguments.model or str(EMBEDDED / "target")
     recipe = _recipe(arguments)

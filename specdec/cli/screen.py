@@ -51,6 +51,17 @@ def warm_up(decoder: Any, console: Console) -> None:
         decoder.warmup()
 
 
+def use_threads(number: int | None) -> None:
+    """What `--threads` says; None leaves torch's choice. `InputError` for fewer than one."""
+    if number is None:
+        return
+    if number < 1:
+        raise InputError(f"--threads is a whole number >= 1, not {number}")
+    import torch
+
+    torch.set_num_threads(number)
+
+
 def check_writable(path: str | None) -> None:
     """Fail before the work, not after it."""
     if path is None:

@@ -278,10 +278,7 @@ def train(kind: str, arguments: argparse.Namespace) -> int:
     from specdec.train.progress import Progress
     from specdec.train.trainer import train as run_training
 
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise InputError(f"--threads is a whole number >= 1, not {arguments.threads}")
-        torch.set_num_threads(arguments.threads)
+    screen.use_threads(arguments.threads)
     out, err = screen.consoles()
     target, tokenizer = _load_target(arguments)
     is_first = process_group(target.device).is_main_process

@@ -16,13 +16,13 @@ import pytest
 import torch
 from attention_cases import Shape, chain, expected, rows, tree
 from torch import Tensor
+from triton_ready import DEVICE, need_triton
 
 from specdec.kernels import twin
 from specdec.kernels.plan import Layout, num_parts, size, views
 from specdec.runtime.backend import Step
 from specdec.runtime.device import DeviceSlots, Sight, sight, write_plan
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTHS = (1, 2, 3, 5, 8, 13, 16, 17, 31, 64)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of one rounding to the dtype; the interpreter cuts bfloat16 off instead of rounding it.
@@ -33,14 +33,9 @@ ULP = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-10, torc
 def kernels(request: pytest.FixtureRequest) -> ModuleType:
     if request.param == "twin":
         return twin
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install triton, on Linux")
-    if DEVICE.type == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is imported
+    need_triton()
     from specdec.kernels import triton_ops
 
-    if DEVICE.type == "cpu" and not triton_ops.INTERPRETED:
-        pytest.skip("no GPU, and triton was imported without TRITON_INTERPRET=1")
     return triton_ops
 
 

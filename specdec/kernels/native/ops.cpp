@@ -4,25 +4,13 @@
 
 #include "attend.h"
 #include "dispatch.h"
+#include "types.h"
 
 namespace specdec {
 namespace {
 
 // Below so many bytes of weights a second thread costs more than it brings.
 constexpr int64_t kLinearGrain = 128 * 1024;
-
-Type type_of(const at::Tensor& t, const char* op) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kDouble:
-      return kFloat64;
-    default:
-      TORCH_CHECK(false, op, ": float32, bfloat16 and float64 are supported, got ", t.scalar_type());
-  }
-}
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   const Type type = type_of(x, "linear");

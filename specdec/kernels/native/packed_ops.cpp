@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "types.h"
 
 namespace specdec {
 namespace {
@@ -14,19 +15,6 @@ namespace {
 constexpr int64_t kGrain = 64 * 1024;
 // 255 * 127 * K stays within int32.
 constexpr int64_t kMostInputs = 65536;
-
-Type type_of(const at::Tensor& t, const char* op) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kDouble:
-      return kFloat64;
-    default:
-      TORCH_CHECK(false, op, ": float32, bfloat16 and float64 are supported, got ", t.scalar_type());
-  }
-}
 
 void check_matrix(const at::Tensor& t, const char* op, const char* name, int64_t rows, int64_t columns,
                   at::ScalarType type) {
