@@ -1,4 +1,4 @@
-"""The command line: `specdec compare | bench | generate | train | quantize | tree | vocab | certify | info`.
+"""The command line: `specdec COMMAND`.
 
 Nothing heavy is imported before the arguments are parsed, so that `--help` is quick.
 """
@@ -17,6 +17,12 @@ from specdec.errors import SpecdecError
 
 COMMANDS = {
     "compare": "plain against speculative, side by side",
+    "sweep": "many settings, resumable, one table",
+    "record": "keep what target and drafter say, position by position",
+    "replay": "any setting's acceptance from a recorded trace",
+    "plan": "will it pay here, and with which setting?",
+    "report": "a page, plots or tables of a sweep's store",
+    "diff": "do two stores differ by more than noise?",
     "bench": "our loop, transformers and other engines, timed in turns",
     "generate": "continue a prompt",
     "train": "train a drafter for a target",

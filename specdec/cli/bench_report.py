@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from specdec.bench.targets import MET, NOT_MEASURED, NOT_MET
 from specdec.cli import screen
-from specdec.cli.report import _section, _table
+from specdec.cli.compare_report import _section, _table
 
 if TYPE_CHECKING:
     from rich.console import Console

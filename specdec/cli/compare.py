@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
     from specdec.bench import baselines
     from specdec.bench.compare import compare
     from specdec.bench.prompts import read_prompts
-    from specdec.cli.report import show
+    from specdec.cli.compare_report import show
 
     prompts = read_prompts(arguments.prompts, arguments.limit)
     # Every run computes its prompt, as the baselines do.
