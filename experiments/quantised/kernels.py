@@ -36,7 +36,7 @@ from specdec.quant import parse
 
 HERE = Path(__file__).parent
 FORMATS = ("int8", "mxint8", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "int4", "int4-g64",
-           "int4-g128", "int4-asym", "sparse")  # fmt: skip
+           "int4-g128", "int4-asym", "sparse", "mxfp4-a8", "int4-a8", "int4-g128-a8")  # fmt: skip
 SHAPES = ((4096, 4096), (4096, 11008))  # inputs, outputs
 ROWS = (1, 4, 8, 16)
 TORCH, OWN = "torch bfloat16", "own bfloat16"
@@ -44,7 +44,7 @@ COLD_BYTES = 128 << 20  # of copies: four times the largest cache here
 TURN = 0.1  # seconds
 # What is aimed at, as ratios to torch's bfloat16 product at M = 1 and 4.
 GOALS = {"int8": 2.5, "mxint8": 1.5, "mxfp8_e4m3": 1.5, "mxfp8_e5m2": 1.5, "mxfp6_e2m3": 1.9, "mxfp6_e3m2": 1.9,
-         "mxfp4": 2.8, "int4": 2.8}  # fmt: skip
+         "mxfp4": 2.8, "int4": 2.8, "mxfp4-a8": 2.8, "int4-a8": 2.8}  # fmt: skip
 
 Product = Callable[[Tensor], Tensor]
 

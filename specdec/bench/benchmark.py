@@ -187,7 +187,7 @@ def benchmark(
                 folder,
                 say,
                 stack,
-                subject.quantize,
+                peers.WEIGHTS[subject.quantize] if subject.quantize else None,
             )
             methods += [method for peer in settings.peers for method in peers.open_peer(peer, subject.pair, setting)]
         methods, failed, made = rows.warm_up(methods, subject.prompts[0], say)

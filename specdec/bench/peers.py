@@ -15,8 +15,8 @@ from specdec.bench.synthetic import Pair
 from specdec.errors import InputError
 
 OPENVINO, LLAMA_CPP = "openvino", "llama.cpp"
-#: Weights in fewer bits that all peers know, by the name of our format for the same number of bits.
-WEIGHTS = ("int8", "int4")
+#: By our formats, weights of as many bits that all peers know; what they multiply them with is their choice.
+WEIGHTS = {"int8": "int8", "int4": "int4", "int4-a8": "int4"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Setting:
     folder: Path
     say: Callable[[str], None]
     stack: ExitStack
-    weights: str | None = None  # one of WEIGHTS: rounded by each peer in its own way, target's and draft's
+    weights: str | None = None  # a value of WEIGHTS: rounded by each peer in its own way, target's and draft's
 
     def started(self, process: PeerProcess) -> PeerProcess:
         """`process`, which ends with the run."""

@@ -41,6 +41,7 @@ def why_not() -> str:
     torch.library.register_fake("specdec::linear", _fake_linear)
     torch.library.register_fake("specdec::attend", _fake_attend)
     torch.library.register_fake("specdec::packed_linear", _fake_packed)
+    torch.library.register_fake("specdec::a8_linear", _fake_packed)
     torch.library.register_fake("specdec::int8_linear", _fake_packed)
     loaded = True
     return ""

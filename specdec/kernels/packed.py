@@ -25,6 +25,9 @@ SMALLEST = 1e-30
 _ROWS_ALONE = 4
 
 
+# Groups that are summed side by side where rows are rounded and weights have scales by groups.
+_LANES = 16
+
 # Kinds of stored weights, as the compiled kernels number them: by what stands before the options of a format's name.
 _KINDS = {
     "mxfp4": 0,
@@ -59,9 +62,10 @@ def _compiled(x: Tensor, format: Format, parts: Parts, bias: Tensor | None) -> T
     if family == "int8":
         out = torch.ops.specdec.int8_linear.default(x, parts["codes"], parts["scales"], bias)
         return out
+    product = torch.ops.specdec.a8_linear if format.rounds_rows else torch.ops.specdec.packed_linear
     codes, scales = (parts["mask"], parts["values"]) if family == "sparse" else (parts["codes"], parts["scales"])
     group = x.shape[-1] // scales.shape[1] if family == "int4" else 32
-    out = torch.ops.specdec.packed_linear.default(x, codes, scales, parts.get("zeros"), _KINDS[family], group, bias)
+    out = product.default(x, codes, scales, parts.get("zeros"), _KINDS[family], group, bias)
     return out
 
 
@@ -69,6 +73,8 @@ def reference(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = Non
     """The same in torch alone, on any device: weights are unpacked for each call."""
     if format.name == "int8":
         return int8_reference(x, parts["codes"], parts["scales"], bias)
+    if format.rounds_rows:
+        return a8_reference(x, *format.whole_numbers(parts), bias)
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.available():
         _warn_once(format.name, ops.why_not())
     return F.linear(x, format.unpack(parts, x.dtype), bias)
@@ -89,7 +95,7 @@ def invariant(device: torch.device, format: Format) -> bool:
         from specdec.kernels import triton_packed
 
         return triton_packed.family(format) is not None
-    return format.name == "int8" or _is_compiled(device, format)
+    return format.rounds_rows or _is_compiled(device, format)
 
 
 def _family(format: Format) -> str:
@@ -130,6 +136,28 @@ def int8_reference(x: Tensor, codes_NK: Tensor, scales_N: Tensor, bias: Tensor |
     """Activations rounded to int8 row by row, products summed exactly in int32, then scaled in float32."""
     codes_MK, scales_M1 = rounded_rows(x.reshape(-1, x.shape[-1]))
     out = int8_product(codes_MK, codes_NK).float() * scales_M1 * scales_N
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def a8_reference(x: Tensor, weight_NK: Tensor, scales_NG: Tensor, unit: float, bias: Tensor | None = None) -> Tensor:
+    """Activations rounded to int8 row by row, times whole numbers with a scale for each 32 inputs, as the kernels do.
+
+    The sum over a group is exact. Lane g of sixteen adds up those of the groups g, g + 16, ... times their scales, in
+    order; lanes are added in halves: so the bits are the kernels'.
+    """
+    codes_MK, scales_M1 = rounded_rows(x.reshape(-1, x.shape[-1]))
+    rows_GMk = codes_MK.float().unflatten(1, (-1, 32)).transpose(0, 1)
+    weight_GNk = weight_NK.float().unflatten(1, (-1, 32)).transpose(0, 1)
+    lanes = torch.zeros(_LANES, len(codes_MK), len(weight_NK), device=x.device)
+    for first in range(0, len(rows_GMk), _LANES):
+        some = slice(first, first + _LANES)
+        sums_gMN = torch.bmm(rows_GMk[some], weight_GNk[some].transpose(1, 2))  # whole numbers below 2^24
+        lanes[: len(sums_gMN)] += sums_gMN * scales_NG.t()[some].unsqueeze(1)
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    out = lanes[0] * (scales_M1 * unit)
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], -1)

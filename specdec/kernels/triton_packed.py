@@ -66,7 +66,8 @@ CODES = {
 def family(format: Format) -> str | None:
     """The family of formats whose kernel multiplies with this one's weights; None where there is no kernel."""
     name = format.name.split("-")[0]
-    return name if name in CODES or name in ("int8", "sparse") else None
+    known = name == "int8" if format.rounds_rows else name in CODES or name == "sparse"
+    return name if known else None
 
 
 def strips(N: int, K: int, dtype: torch.dtype) -> int:

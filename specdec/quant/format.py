@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,10 +38,13 @@ class Part:
 class Format(ABC):
     """One way of storing a weight matrix `[N, K]` in fewer bytes. Stateless and comparable by `name`.
 
-    What a product with stored weights gives: for every format but int8, that of the same rows with
-    `unpack(parts, x.dtype)`, so only the weights are rounded. int8 rounds each row of activations too, by a scale of
-    its own. Either way no row depends on another.
+    What a product with stored weights gives: that of the same rows with `unpack(parts, x.dtype)`, so only the weights
+    are rounded; or, where `rounds_rows` says so, of rows that are rounded to int8 too, each by a scale of its own.
+    Either way no row depends on another.
     """
+
+    #: Whether products round each row of activations too, to int8.
+    rounds_rows: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -151,8 +155,12 @@ def format_names() -> list[str]:
 
 @lru_cache(maxsize=256)
 def parse(name: str) -> Format:
-    """The format of a name such as "mxfp6_e2m3" or "int4-g64-asym". `InputError` that lists those there are."""
+    """The format of a name such as "mxfp6_e2m3" or "int4-g64-asym-a8". `InputError` that lists those there are."""
     family, *options = name.lower().split("-")
+    if options and options[-1] == "a8" and family in _FAMILIES:
+        from specdec.quant.rows import with_rounded_rows
+
+        return with_rounded_rows(parse("-".join((family, *options[:-1]))))
     if family not in _FAMILIES:
         near = difflib.get_close_matches(family, _FAMILIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -27,6 +27,7 @@ class Int8(GridFormat):
     """
 
     name = "int8"
+    rounds_rows = True
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         return {"codes": Part((N, K), torch.int8), "scales": Part((N,), torch.float32)}

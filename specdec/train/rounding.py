@@ -92,7 +92,7 @@ class RoundedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight_NK = _Rounded.apply(self.weight, self.format, self.mask)  # type: ignore[no-untyped-call]
-        if self.format.name == "int8":
+        if self.format.rounds_rows:
             x = _RoundedRows.apply(x)  # type: ignore[no-untyped-call]
         return F.linear(x, weight_NK.to(x.dtype), self.bias)
 

@@ -11,7 +11,8 @@ from specdec.quant import Format, PackedLinear, parse
 from specdec.quant.bits import pack_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-OPTIONS = ["int4-g64", "int4-g128-asym", "int4-asym", "mxfp4-rceil", "sparse-2x4", "sparse-95"]
+ROWS = ["int4-a8", "int4-asym-a8", "int4-g64-a8", "int4-g128-asym-a8", "mxfp4-a8", "mxfp4-rceil-a8"]
+OPTIONS = [*ROWS, "int4-g64", "int4-g128-asym", "int4-asym", "mxfp4-rceil", "sparse-2x4", "sparse-95"]
 NAMES = [*packed._KINDS, "int8", *OPTIONS]  # tests of other things register formats of their own
 # (outputs, inputs): fewer than a tile, no multiple of one, and longer than the pieces that are decoded at a time.
 SIZES = [(1, 128), (5, 2176), (67, 384), (50, 1152)]
@@ -31,6 +32,8 @@ def expected(x: torch.Tensor, format: Format, parts: dict[str, torch.Tensor], bi
     """What the product is defined to be, by other kernels."""
     if format.name == "int8":
         return packed.int8_reference(x, parts["codes"], parts["scales"], bias)
+    if format.rounds_rows:
+        return packed.reference(x, format, parts, bias)
     return ops.linear(x, format.unpack(parts, x.dtype), bias)
 
 

@@ -5,6 +5,7 @@
 #pragma once
 #include <math.h>
 
+#include "a8.h"
 #include "int8.h"
 #include "kv.h"
 #include "packed.h"
@@ -275,8 +276,8 @@ static void finish(const Partial& part, int64_t num_queries, int64_t E, void* ou
   }
 }
 
-// `Decoders::get<T>(kind)`: how a variant decodes stored weights.
-template <class F32, class A32, class B16, class F64, class A64, class I8, class Decoders>
+// `Decoders::get<T>(kind)`: how a variant decodes stored weights. `A8s`: how it multiplies rows rounded to int8 with them.
+template <class F32, class A32, class B16, class F64, class A64, class I8, class Decoders, class A8s>
 static const Kernels* table(const char* name) {
   static const Kernels kernels = {
       name,
@@ -286,6 +287,10 @@ static const Kernels* table(const char* name) {
       {packed_scratch<F32>, packed_scratch<B16>, packed_scratch<F64>},
       {round_rows<float>, round_rows<Bf16>, round_rows<double>},
       {int8_linear<I8, float>, int8_linear<I8, Bf16>, int8_linear<I8, double>},
+      A8s::row_bytes,
+      A8s::lay_out,
+      A8s::scratch,
+      {a8_linear<A8s, float>, a8_linear<A8s, Bf16>, a8_linear<A8s, double>},
       {attend<F32, A32>, attend<B16, A32>, attend<F64, A64>},
       {merge<A32>, merge<A32>, merge<A64>},
       {finish<F32, A32>, finish<B16, A32>, finish<F64, A64>},

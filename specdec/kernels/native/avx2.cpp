@@ -170,5 +170,5 @@ struct Lanes64 {
 }  // namespace
 
 namespace specdec {
-const Kernels* avx2_kernels() { return table<F32, Lanes32, B16, F64, Lanes64, I8, PlainDecoders>("avx2"); }
+const Kernels* avx2_kernels() { return table<F32, Lanes32, B16, F64, Lanes64, I8, PlainDecoders, PlainA8>("avx2"); }
 }  // namespace specdec

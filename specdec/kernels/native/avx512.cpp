@@ -57,5 +57,5 @@ struct I8 {
 }  // namespace
 
 namespace specdec {
-const Kernels* avx512_kernels() { return table<F32, Lanes32, B16, F64, Lanes64, I8, Decoders512>("avx512"); }
+const Kernels* avx512_kernels() { return table<F32, Lanes32, B16, F64, Lanes64, I8, Decoders512, PlainA8>("avx512"); }
 }  // namespace specdec

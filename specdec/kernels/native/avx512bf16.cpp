@@ -1,4 +1,5 @@
 // AVX-512 with products of bfloat16 pairs, summed in float32 by the instruction. It treats denormals as zero.
+#include "a8vnni.h"
 #include "avx512.h"
 
 namespace {
@@ -45,5 +46,5 @@ struct I8 {
 }  // namespace
 
 namespace specdec {
-const Kernels* avx512bf16_kernels() { return table<F32, Lanes32, B16, F64, Lanes64, I8, Decoders512>("avx512bf16"); }
+const Kernels* avx512bf16_kernels() { return table<F32, Lanes32, B16, F64, Lanes64, I8, Decoders512, VnniA8>("avx512bf16"); }
 }  // namespace specdec

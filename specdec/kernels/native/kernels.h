@@ -63,6 +63,15 @@ struct Int8 {
   int64_t M, K, N;
 };
 
+// Rows rounded to int8 with weights that are whole numbers times a scale for each group.
+struct A8 {
+  Rounded rows;  // x laid out by the variant, see a8_rows; no sums
+  Stored weight;
+  const void* bias;  // [N] of the type of y, or null
+  void* y;           // [M, N] contiguous
+  int64_t M, K, N;
+};
+
 // One row: it sees virtual slots j in [first, count). For j < prefix + lead that is slot j, then come the slots
 // prefix + columns[0], prefix + columns[1], ...
 struct Row {
@@ -105,6 +114,11 @@ struct Kernels {
   void (*round_rows[kNumTypes])(const void* x, int64_t M, int64_t K, int8_t* codes, float* scales, int32_t* sums);
   // Products of int8 rows, summed exactly, then scaled; by the type of y.
   void (*int8[kNumTypes])(const Int8&, int64_t n_begin, int64_t n_end);
+  // The same for A8. Its rows are laid out once for all outputs, in a8_row_bytes each; a8_scratch bytes per thread.
+  int64_t (*a8_row_bytes)(int64_t K);
+  void (*a8_rows)(const int8_t* codes, int64_t M, int64_t K, uint8_t* out);
+  int64_t (*a8_scratch)(const A8&);
+  void (*a8[kNumTypes])(const A8&, int64_t n_begin, int64_t n_end, void* scratch);
   // Fills `part` from one chunk. `scores` is scratch of Q * kChunk accumulators.
   void (*attend[kNumTypes])(const Tile&, int64_t chunk, void* scores, const Partial& part);
   void (*merge[kNumTypes])(const Partial& into, const Partial& part, int64_t num_queries, int64_t E);

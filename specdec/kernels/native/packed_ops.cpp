@@ -58,18 +58,14 @@ void over_outputs(const Kernels& table, const Rows& rows, const F& run) {
   });
 }
 
-at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales,
-                         const std::optional<at::Tensor>& zeros, int64_t kind, int64_t group,
-                         const std::optional<at::Tensor>& bias) {
-  constexpr const char* op = "packed_linear";
-  const Type type = type_of(x, op);
+// Checks what is stored of [N, K] weights; `group` is what kinds without int4's choice set themselves.
+Stored stored_of(const Rows& rows, const at::Tensor& codes, const at::Tensor& scales,
+                 const std::optional<at::Tensor>& zeros, int64_t kind, int64_t group, const char* op) {
   TORCH_CHECK(kind >= 0 && kind < kNumKinds, op, ": no kind ", kind);
-  TORCH_CHECK(codes.dim() == 2 && scales.dim() == 2, op, ": codes and scales must be matrices");
-  Rows rows = rows_of(x, codes.size(0), bias, op);
   static constexpr int64_t bits[kNumKinds] = {4, 6, 6, 8, 8, 8, 4, 1};
   const bool scaled = kind != kSparse, floats = kind == kInt4 || kind == kSparse;
   if (kind != kInt4) group = 32;
-  TORCH_CHECK(group > 0 && group % 32 == 0 && 256 % group == 0, op, ": groups of ", group,
+  TORCH_CHECK(group > 0 && group % 32 == 0 && 128 % group == 0, op, ": groups of ", group,
               " are not supported; use 32, 64 or 128");
   TORCH_CHECK(rows.K % group == 0, op, ": K is ", rows.K, ", no multiple of ", group);
   check_matrix(codes, op, "codes", rows.N, rows.K * bits[kind] / 8, at::kByte);
@@ -78,17 +74,42 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& codes, const at:
   const bool has_zeros = zeros.has_value() && zeros->defined();
   TORCH_CHECK(!has_zeros || kind == kInt4, op, ": only int4 has zeros");
   if (has_zeros) check_matrix(*zeros, op, "zeros", rows.N, rows.K / group, at::kByte);
+  return {int(kind), group, codes.const_data_ptr<uint8_t>(), scales.const_data_ptr(),
+          has_zeros ? zeros->const_data_ptr<uint8_t>() : nullptr, codes.size(1), scales.size(1)};
+}
+
+// Rows as int8 codes with a scale and a sum each.
+struct RoundedRows {
+  std::vector<int8_t> codes;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  RoundedRows(const Kernels& table, const Rows& rows, Type type, const char* op)
+      : codes(rows.M * rows.K), scales(rows.M), sums(rows.M) {
+    TORCH_CHECK(rows.K <= kMostInputs, op, ": sums over ", rows.K, " inputs may leave int32; at most ", kMostInputs);
+    table.round_rows[type](rows.x->const_data_ptr(), rows.M, rows.K, codes.data(), scales.data(), sums.data());
+  }
+};
+
+// At least so many bytes of this thread's, on a cache line's edge.
+void* scratch_of(int64_t bytes) {
+  static thread_local std::vector<char> scratch;
+  if (scratch.size() < size_t(bytes) + 64) scratch.resize(size_t(bytes) + 64);
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+}
+
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales,
+                         const std::optional<at::Tensor>& zeros, int64_t kind, int64_t group,
+                         const std::optional<at::Tensor>& bias) {
+  constexpr const char* op = "packed_linear";
+  const Type type = type_of(x, op);
+  TORCH_CHECK(codes.dim() == 2 && scales.dim() == 2, op, ": codes and scales must be matrices");
+  Rows rows = rows_of(x, codes.size(0), bias, op);
+  const Stored weight = stored_of(rows, codes, scales, zeros, kind, group, op);
   if (rows.M == 0 || rows.N == 0) return rows.y;
-  const Stored weight{int(kind), group, codes.const_data_ptr<uint8_t>(), scales.const_data_ptr(),
-                      has_zeros ? zeros->const_data_ptr<uint8_t>() : nullptr, codes.size(1), scales.size(1)};
   const Packed call{rows.x->const_data_ptr(), weight, rows.bias, rows.y.mutable_data_ptr(), rows.M, rows.K, rows.N};
   const Kernels& table = kernels();
   over_outputs(table, rows, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<char> scratch;
-    const size_t bytes = size_t(table.packed_scratch[type](call)) + 64;
-    if (scratch.size() < bytes) scratch.resize(bytes);
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64;
-    table.packed[type](call, begin, end, reinterpret_cast<void*>(start));
+    table.packed[type](call, begin, end, scratch_of(table.packed_scratch[type](call)));
   });
   return rows.y;
 }
@@ -100,20 +121,38 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& codes, const at::T
   TORCH_CHECK(codes.dim() == 2, op, ": codes must be a matrix");
   Rows rows = rows_of(x, codes.size(0), bias, op);
   check_matrix(codes, op, "codes", rows.N, rows.K, at::kChar);
-  TORCH_CHECK(rows.K <= kMostInputs, op, ": sums over ", rows.K, " inputs may leave int32; at most ", kMostInputs);
   TORCH_CHECK(scales.dim() == 1 && scales.size(0) == rows.N && scales.scalar_type() == at::kFloat &&
                   scales.is_contiguous() && scales.device().is_cpu(),
               op, ": scales must be a contiguous float32 CPU tensor [", rows.N, "], got ", scales.scalar_type(), " ",
               scales.sizes());
   if (rows.M == 0 || rows.N == 0) return rows.y;
-  std::vector<int8_t> rounded(rows.M * rows.K);
-  std::vector<float> row_scales(rows.M);
-  std::vector<int32_t> sums(rows.M);
   const Kernels& table = kernels();
-  table.round_rows[type](rows.x->const_data_ptr(), rows.M, rows.K, rounded.data(), row_scales.data(), sums.data());
-  const Int8 call{{rounded.data(), row_scales.data(), sums.data()}, codes.const_data_ptr<int8_t>(),
+  const RoundedRows rounded(table, rows, type, op);
+  const Int8 call{{rounded.codes.data(), rounded.scales.data(), rounded.sums.data()}, codes.const_data_ptr<int8_t>(),
                   scales.const_data_ptr<float>(), rows.bias, rows.y.mutable_data_ptr(), rows.M, rows.K, rows.N};
   over_outputs(table, rows, [&](int64_t begin, int64_t end) { table.int8[type](call, begin, end); });
+  return rows.y;
+}
+
+at::Tensor a8_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales,
+                     const std::optional<at::Tensor>& zeros, int64_t kind, int64_t group,
+                     const std::optional<at::Tensor>& bias) {
+  constexpr const char* op = "a8_linear";
+  const Type type = type_of(x, op);
+  TORCH_CHECK(kind == kInt4 || kind == kMxfp4, op, ": kind ", kind, " has no whole numbers");
+  TORCH_CHECK(codes.dim() == 2 && scales.dim() == 2, op, ": codes and scales must be matrices");
+  Rows rows = rows_of(x, codes.size(0), bias, op);
+  const Stored weight = stored_of(rows, codes, scales, zeros, kind, group, op);
+  if (rows.M == 0 || rows.N == 0) return rows.y;
+  const Kernels& table = kernels();
+  const RoundedRows rounded(table, rows, type, op);
+  std::vector<uint8_t> laid(size_t(rows.M * table.a8_row_bytes(rows.K)));
+  table.a8_rows(rounded.codes.data(), rows.M, rows.K, laid.data());
+  const A8 call{{reinterpret_cast<const int8_t*>(laid.data()), rounded.scales.data(), nullptr}, weight, rows.bias,
+                rows.y.mutable_data_ptr(), rows.M, rows.K, rows.N};
+  over_outputs(table, rows, [&](int64_t begin, int64_t end) {
+    table.a8[type](call, begin, end, scratch_of(table.a8_scratch(call)));
+  });
   return rows.y;
 }
 
@@ -124,12 +163,17 @@ TORCH_LIBRARY_FRAGMENT(specdec, m) {
       "packed_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int kind, int group, Tensor? bias=None) "
       "-> Tensor",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "a8_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int kind, int group, Tensor? bias=None) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def("int8_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None) -> Tensor",
         {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("packed_linear", &packed_linear);
+  m.impl("a8_linear", &a8_linear);
   m.impl("int8_linear", &int8_linear);
 }
 

@@ -154,6 +154,6 @@ struct Lanes {
 
 namespace specdec {
 const Kernels* portable_kernels() {
-  return table<F32, Lanes<float, f4, 4>, B16, F64, Lanes<double, d2, 2>, I8, PlainDecoders>("portable");
+  return table<F32, Lanes<float, f4, 4>, B16, F64, Lanes<double, d2, 2>, I8, PlainDecoders, PlainA8>("portable");
 }
 }  // namespace specdec

@@ -155,14 +155,9 @@ def number(name: str, value: Any, low: float, high: float) -> None:
         raise InputError(f"{name} is a number from {low:g} to {high:g}, not {value!r}")
 
 
-def rounds_activations(format: Format) -> bool:
-    """Whether products with the format round their inputs too."""
-    return format.name == "int8"
-
-
 def product(rows_TK: Tensor, format: Format, parts: Parts) -> Tensor:
     """`[T, N]`: what a layer with these parts gives, in the dtype of the rows, by one product of many rows."""
-    if rounds_activations(format):
+    if format.rounds_rows:
         return packed.reference(rows_TK, format, parts)
     return rows_TK @ format.unpack(parts, rows_TK.dtype).t()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.errors import InputError
 from specdec.quant.format import Format
-from specdec.quant.methods.method import Linear, Method, Stats, have, number, register_method, rounds_activations
+from specdec.quant.methods.method import Linear, Method, Stats, have, number, register_method
 
 # Scales stay within this factor of one, so that what they are folded into stays a normal number.
 _WIDEST = 1e4
@@ -38,7 +38,7 @@ class SmoothQuant(Method):
         number("smoothquant's alpha", self.alpha, 0.0, 1.0)
 
     def check(self, formats: Mapping[str, Format]) -> None:
-        if not any(map(rounds_activations, formats.values())):
+        if not any(format.rounds_rows for format in formats.values()):
             others = ", ".join(sorted({format.name for format in formats.values()}))
             raise InputError(
                 f"smoothquant makes activations easier to round, and {others} rounds weights alone; use int8, or the "
@@ -48,7 +48,7 @@ class SmoothQuant(Method):
     def scales(
         self, layers: list[Linear], stats: Stats, into: str, shared: Callable[[Tensor], Tensor]
     ) -> Tensor | None:
-        if into != "norm" or not all(rounds_activations(layer.format) for layer in layers):
+        if into != "norm" or not all(layer.format.rounds_rows for layer in layers):
             return None
         return shared(migration(have(stats.amax_K, "amax_K"), [layer.weight_NK for layer in layers], self.alpha))
 

@@ -18,7 +18,7 @@ from specdec.errors import InputError, UnsupportedModelError
 from specdec.quant.layers import linear_shape
 from specdec.quant.linear import PackedLinear
 from specdec.quant.methods.collect import Collector
-from specdec.quant.methods.method import Stats, rounds_activations
+from specdec.quant.methods.method import Stats
 
 
 def decoder_layers(model: Any) -> str:
@@ -64,7 +64,7 @@ def unpacked(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     found = {
         name: child
         for name, child in module.named_modules()
-        if isinstance(child, PackedLinear) and not rounds_activations(child.format)
+        if isinstance(child, PackedLinear) and not child.format.rounds_rows
     }
     for name, child in found.items():
         module.set_submodule(name, _Unpacked(child, dtype))
