@@ -10,13 +10,15 @@ from specdec.bench.baselines import Baseline
 from specdec.bench.comparison import PLAIN, SPECULATIVE, Comparison, Row, Timed
 from specdec.bench.divergence import BUG, Divergence, explain
 from specdec.bench.machine import peak_memory
+from specdec.bench.prompt_sets import Encoded, encode_prompts
+from specdec.bench.prompts import Prompt
 from specdec.bench.timing import Gate
 from specdec.dtypes import dtype_name
 from specdec.errors import InputError
 
 if TYPE_CHECKING:
     from specdec.api import SpeculativeDecoder
-    from specdec.bench.prompts import Prompt
+    from specdec.chat import Chat
     from specdec.generation import Generation
 
 # Retried slices, as a share of all: bounds the delay on a machine that is never quiet.
@@ -73,36 +75,22 @@ def expects_identity(decoder: SpeculativeDecoder, options: Mapping[str, Any]) ->
     return decoder.verifier.lossless and (greedy or decoder.verifier.keeps_seed)
 
 
-def _encode(
-    decoder: SpeculativeDecoder, prompts: Sequence[Prompt], options: Mapping[str, Any], chat: bool
-) -> list[tuple[Row, list[int]]]:
-    """Rows and token ids of every prompt; refuses what does not fit before any work."""
-    encoded = []
-    for prompt in prompts:
-        try:
-            text = [{"role": "user", "content": prompt.text}] if chat else prompt.text
-            ids = list(decoder.prepare(text, **options).request.prompt)
-        except InputError as error:
-            raise type(error)(f"prompt {prompt.id}: {error}") from error
-        encoded.append((Row(prompt, len(ids)), ids))
-    return encoded
-
-
 def compare(
     decoder: SpeculativeDecoder,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt] | Sequence[Encoded],
     options: Mapping[str, Any] | None = None,
     *,
     repetitions: int = 3,
     warmup: int = 1,
     baselines: Sequence[Baseline] = (),
-    chat: bool = False,
+    chat: Chat | bool | None = None,
     gate: Gate | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run every method on every prompt, `repetitions` times, one after the other in turns.
 
-    `options` go to `generate`. The order of methods turns from one prompt to the next, so that none always follows
+    `prompts`: every turn of each (`encode_prompts`), or what was encoded before, for the same options. `options` go to
+    `generate`. The order of methods turns from one prompt to the next, so that none always follows
     the same other. `warmup` unmeasured runs of the first prompt come first. Raises `InputError` before any work.
 
     Lossless: yes where `generate` is; `rows[i].identical(...)` says so for each prompt.
@@ -110,9 +98,12 @@ def compare(
     options = dict(options or {})
     if repetitions < 1 or warmup < 0:
         raise InputError(f"repetitions must be >= 1 and warmup >= 0, not {repetitions} and {warmup}")
-    encoded = _encode(decoder, prompts, options, chat)
-    if not encoded:
+    if not prompts:
         raise InputError("no prompts to compare on")
+    ready = [prompt for prompt in prompts if isinstance(prompt, Encoded)]
+    if not ready:
+        ready = encode_prompts(decoder, [p for p in prompts if isinstance(p, Prompt)], options, chat=chat)
+    encoded = [(Row(one.prompt, len(one.ids), turn=one.turn, num_cut=one.num_cut), list(one.ids)) for one in ready]
     methods = _methods(decoder, options, baselines)
     device = decoder.backend.capabilities.device
     total = len(encoded) * repetitions * len(methods)
@@ -130,7 +121,7 @@ def compare(
                 row.runs.setdefault(name, []).append(Timed(tuple(tokens), timed.seconds, timed.clean, generation))
                 done += 1
                 if progress is not None:
-                    progress(done, total, row.prompt.id)
+                    progress(done, total, row.id)
     rows = [row for row, _ in encoded]
     identity = expects_identity(decoder, options)
     for row in rows:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from specdec.bench import bare
 from specdec.bench.baselines import Baseline
 from specdec.bench.divergence import Divergence
+from specdec.bench.prompts import turn_id
 from specdec.bench.timing import MAX_OTHERS, Interval, bootstrap
 from specdec.trace import STAGES, Stats, summarize
 
@@ -38,12 +39,18 @@ class Timed:
 
 @dataclass
 class Row:
-    """One prompt: `runs[method][repetition]`, and what explains a difference."""
+    """One turn of one prompt: `runs[method][repetition]`, and what explains a difference."""
 
     prompt: Prompt
     num_prompt_tokens: int
     runs: dict[str, list[Timed]] = field(default_factory=dict)
     divergence: Divergence | None = None
+    turn: int = 1
+    num_cut: int = 0  # tokens of the prompt that were cut off in front
+
+    @property
+    def id(self) -> str:
+        return turn_id(self.prompt, self.turn)
 
     def identical(self, method: str) -> bool:
         """Whether every repetition gave the plain loop's tokens."""
@@ -64,10 +71,14 @@ class Row:
             return statistics.median(run.tokens_per_second for run in self.runs[method])
 
         return {
-            "id": self.prompt.id,
+            "id": self.id,
+            "question": self.prompt.id,
+            "turn": self.turn,
             "category": self.prompt.category,
             "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cut_tokens": self.num_cut,
             "num_tokens": len(self.runs[SPECULATIVE][0].tokens),
+            "tokens": {method: [len(run.tokens) for run in runs] for method, runs in self.runs.items()},
             "identical": self.identical(SPECULATIVE),
             "speedup": statistics.median(self.ratios(SPECULATIVE, PLAIN)),
             "tokens_per_second": {method: rate(method) for method in self.runs},
@@ -157,7 +168,7 @@ class Comparison:
             "repetitions": self.repetitions,
             "identical": self.num_identical(),
             "expects_identity": self.expects_identity,
-            "divergences": [{"id": row.prompt.id, **divergence.as_dict()} for row, divergence in self.divergences],
+            "divergences": [{"id": row.id, **divergence.as_dict()} for row, divergence in self.divergences],
             "plain": {"tokens_per_second": self.rate(PLAIN).as_dict(), "seconds": plain.seconds},
             "speculative": {"tokens_per_second": self.rate(SPECULATIVE).as_dict()},
             "speedup": {**self.ratio(SPECULATIVE, PLAIN).as_dict(), "baseline": "plain loop"},

@@ -54,6 +54,11 @@ class Prompt:
         return "\n\n".join(part for part in said if part)
 
 
+def turn_id(prompt: Prompt, turn: int) -> str:
+    """`81` for a first turn, `81.2` for the second."""
+    return prompt.id if turn == 1 else f"{prompt.id}.{turn}"
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """Prompts, what they are called, the layout that was recognised, and what people should know about the reading."""
