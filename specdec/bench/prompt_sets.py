@@ -66,6 +66,12 @@ class Selection:
             decoder, prompts, options, chat=self.chat, turns=self.turns, truncate=self.truncate, progress=progress
         )
 
+    def check(
+        self, decoder: SpeculativeDecoder, prompts: Sequence[Prompt], options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Refuse what `encode` would refuse of the first turns, without decoding anything."""
+        encode_prompts(decoder, prompts, options, chat=self.chat, turns=1, truncate=self.truncate)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from specdec.cli import options, screen
+from specdec.cli import options, prompt_options, screen
 from specdec.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ examples:
   specdec compare --limit 4 --max-new-tokens 32 --drafter ngram
   specdec compare --temperature 0.7 --verifier block --seed 1 --limit 4
   specdec compare --policy fixed --k 4 --baseline hf --baseline hf-assisted --json result.json
-  specdec compare --target org/target --drafter org/draft --prompts spec_bench.jsonl --chat --dtype bfloat16
+  specdec compare --target org/target --drafter org/draft --prompts question.jsonl --chat --dtype bfloat16
   specdec compare --quantize w4a16 --draft-quantize mxfp4 --limit 4        weights in fewer bits, rounded while read
   specdec compare --drafter self_quant --drafter-option scheme=mxfp4       the target drafts for itself in 4 bits
 
@@ -45,13 +45,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     group = parser.add_argument_group("comparison")
-    group.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="JSONL (text, prompt, turns or question), or text with one prompt per line "
-        "(default: built-in beginnings of Python source, which the embedded pair never saw)",
-    )
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    prompt_options.add_prompt_options(group)
     group.add_argument("--repetitions", type=int, default=3, metavar="R", help="of every prompt (default: 3)")
     group.add_argument("--warmup", type=int, default=1, metavar="N", help="unmeasured runs first (default: 1)")
     group.add_argument(
@@ -135,25 +129,26 @@ def run(arguments: argparse.Namespace) -> int:
     screen.quiet(arguments)
     from specdec.bench import baselines
     from specdec.bench.compare import compare
-    from specdec.bench.prompts import read_prompts
     from specdec.cli.compare_report import show
 
-    prompts = read_prompts(arguments.prompts, arguments.limit)
+    chosen = prompt_options.selection(arguments)
+    found = chosen.read()
     # Every run computes its prompt, as the baselines do.
     decoder = options.build_decoder(arguments, prefix_cache=0)
     texts = options.generation_options(arguments)
     others = [b for name in dict.fromkeys(arguments.baseline) for b in baselines.build(name, decoder, texts)]
     out, err = screen.consoles()
+    chosen.check(decoder, found.prompts, texts)
     screen.warm_up(decoder, err)
+    encoded = prompt_options.encode(chosen, found, decoder, texts, err)
     with progress_bar(err) as progress:
         comparison = compare(
             decoder,
-            prompts,
+            encoded,
             texts,
             repetitions=arguments.repetitions,
             warmup=arguments.warmup,
             baselines=others,
-            chat=arguments.chat,
             progress=progress,
         )
     import torch
