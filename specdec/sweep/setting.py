@@ -37,7 +37,8 @@ class Setting:
 
     `draft`: hub id or folder of what drafts, where one was named; `drafter`: the plugin that drafts, or that id.
     `k`, `tree`: of the fixed policy, or of whichever takes them; None where nothing is drafted or the policy decides.
-    `limit`: so many prompts of the set, None for all of them. `threads`: None is the program's choice.
+    `limit`, `limit_per_category`: so many prompts of the set, None for all of them. `turns`: of each prompt, None for
+    all; `truncate`: long prompts are cut in front. `threads`: None is the program's choice.
     Raises `InputError` for values that no run could have.
     """
 
@@ -68,6 +69,9 @@ class Setting:
     batch: int = 1
     prompt_set: str = BUILT_IN
     limit: int | None = None
+    limit_per_category: int | None = None
+    turns: int | None = None
+    truncate: bool = False
     chat: bool = False
     exact: bool = False
 
@@ -79,7 +83,7 @@ class Setting:
             object.__setattr__(self, name, dict(value))
         if self.tree is not None:
             object.__setattr__(self, "tree", _whole(self.tree, "tree"))
-        for name in ("k", "limit", "threads", "batch", "max_new_tokens", "seed", "top_k"):
+        for name in _COUNTS:
             _check_whole(name, getattr(self, name), least=None if name == "seed" else 1)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
@@ -87,7 +91,7 @@ class Setting:
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name in _NEEDED):
                 raise InputError(f"{name} is a name, not {value!r}")
-        for name in ("chat", "exact"):
+        for name in ("truncate", "chat", "exact"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is true or false, not {getattr(self, name)!r}")
         if self.k is not None and self.tree is not None and self.k != len(self.tree):
@@ -128,10 +132,7 @@ class Setting:
         """What is drafted each round, for tables: `4`, `4x2x1`, the policy's name, or `–` for nothing."""
         if self.drafter == "none":
             return "–"
-        if self.tree is not None:
-            own = "x".join(map(str, self.tree))
-        else:
-            own = str(self.k) if self.k is not None else ""
+        own = "x".join(map(str, self.tree or ())) or str(self.k or "")
         return own if self.policy == FIXED and own else f"{self.policy} {own}".strip()
 
     @property
@@ -165,6 +166,7 @@ class Setting:
 
 
 FIELDS = tuple(f.name for f in fields(Setting))
+_COUNTS = ("k", "limit", "limit_per_category", "turns", "threads", "batch", "max_new_tokens", "seed", "top_k")
 _NEEDED = ("target", "drafter", "policy", "verifier", "prompt_set")
 _NAMES = (*_NEEDED, "draft", "quantize", "draft_quantize", "kv_cache", "dtype", "backend", "numerics", "device")
 
