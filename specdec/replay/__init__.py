@@ -1,1 +1,6 @@
-"""One recorded trace, every setting: what target and drafter said, and what any rule would have made of it."""
+"""One recorded trace, every setting: `record` a run, `replay` any chain length, tree, policy or rule without a model."""
+
+from specdec.replay.recorder import record
+from specdec.replay.recording import Recording
+
+__all__ = ["Recording", "record"]
