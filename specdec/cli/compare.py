@@ -46,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
     )
     group = parser.add_argument_group("comparison")
     prompt_options.add_prompt_options(group)
+    prompt_options.add_published_option(group)
     group.add_argument("--repetitions", type=int, default=3, metavar="R", help="of every prompt (default: 3)")
     group.add_argument("--warmup", type=int, default=1, metavar="N", help="unmeasured runs first (default: 1)")
     group.add_argument(
@@ -127,7 +128,7 @@ def _describe(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> dic
 def run(arguments: argparse.Namespace) -> int:
     screen.check_writable(arguments.json)
     screen.quiet(arguments)
-    from specdec.bench import baselines
+    from specdec.bench import baselines, specbench, specbench_table
     from specdec.bench.compare import compare
     from specdec.cli.compare_report import show
 
@@ -154,6 +155,11 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     report = {**_describe(arguments, decoder), "threads": torch.get_num_threads(), **comparison.as_dict()}
+    rows = specbench.comparison_rows(comparison)
+    figures = specbench.measure(rows)
+    report["spec_bench"] = figures.as_dict() if figures is not None else None
     show(out, report)
+    label = f"{decoder.drafter.name}, {decoder.policy.name}"
+    specbench_table.show(out, {"cells": [{"label": label, "rows": rows}]}, published=arguments.published)
     screen.write_json(arguments.json, report)
     return 1 if comparison.has_bug else 0

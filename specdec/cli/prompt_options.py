@@ -46,6 +46,13 @@ def add_prompt_options(group: Any, *, limit: int | None = None) -> None:
     )
 
 
+def add_published_option(group: Any) -> None:
+    """For commands that print Spec-Bench's table."""
+    group.add_argument(
+        "--published", action="store_true", help="with Spec-Bench: print its published table too (other hardware)"
+    )
+
+
 def _key_value(text: str) -> tuple[str, Any]:
     from specdec.cli.options import key_value  # that page imports this one
 
