@@ -16,8 +16,9 @@ from specdec.fit.optimum import RoundCost
 from specdec.planner.work import Size, Work, chain, tokens_per_round
 
 RESAMPLES = 300
-# Beyond this the answer is the same for all purposes: nothing accepts more often.
 _BISECTIONS = 60
+# Speed-ups that differ by less are the same one.
+_AS_FAST = 0.01
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,9 @@ def _row(
 
 
 def best(rows: Sequence[Prediction]) -> Prediction:
-    """The row with the highest speed-up; of equal ones the first."""
-    return max(rows, key=lambda row: row.speedup)
+    """The first row of those that are as fast as the fastest, or nearly: settings come in the order of their size."""
+    top = max(row.speedup for row in rows)
+    return next(row for row in rows if row.speedup >= (1 - _AS_FAST) * top)
 
 
 __all__ = [

@@ -144,7 +144,7 @@ def expected_work(
     `survival[i]`: P(accepted at depth i + 1 and all before it); as long as the chain, or as deep as the tree `shape`
     (parents). Near the end of the text drafts are cut to what is left of it, as the loop does.
     """
-    if any(not 0 <= p <= 1 for p in survival) or any(b > a + 1e-12 for a, b in pairwise(survival)):
+    if any(not 0 <= p <= 1 for p in survival) or any(b > a + 1e-9 for a, b in pairwise(survival)):
         raise InputError(f"a survival curve falls from at most 1 to at least 0, unlike {list(survival)}")
     if not survival:
         return Work(num_prompt_tokens, num_tokens)
