@@ -195,8 +195,8 @@ def describe_cuts(encoded: Sequence[Encoded]) -> str | None:
     if not cut:
         return None
     lost, whole = sum(one.num_cut for one in cut), sum(one.num_cut + len(one.ids) for one in cut)
-    prompts = "prompt was" if len(cut) == 1 else "prompts were"
+    were = "was" if len(cut) == 1 else "were"
     return (
-        f"{len(cut)} of {len(encoded)} {prompts} cut in front to fit the context: {lost} of {whole} tokens are gone, "
-        f"{lost / whole:.0%}"
+        f"{len(cut)} of {len(encoded)} prompts {were} cut in front to fit the context: "
+        f"{lost} of {whole} tokens are gone, {lost / whole:.0%}"
     )
