@@ -1,6 +1,7 @@
 """One recorded trace, every setting: `record` a run, `replay` any chain length, tree, policy or rule without a model."""
 
+from specdec.replay.engine import Replayed, replay
 from specdec.replay.recorder import record
 from specdec.replay.recording import Recording
 
-__all__ = ["Recording", "record"]
+__all__ = ["Recording", "Replayed", "record", "replay"]

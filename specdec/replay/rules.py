@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -126,13 +125,16 @@ class View:
             return None
         return at + depth, 0
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What one round drafts: a tree, as far as the trace tells its nodes."""
-
-    tree: Structure
-    num_nodes: int
+    def whole_row(self, at: int, depth: int) -> int | None:
+        """The position whose whole row of q a node `depth` tokens behind `at` has; deeper ones are single numbers."""
+        self.doubts.decisions += 1
+        if at + depth >= len(self.tokens) or not self.recording.has_rows:
+            return None
+        if depth and self.memory is not Memory.PATH:
+            self.doubts.unknown += 1
+            if self.assume != "near":
+                return None
+        return at + depth
 
 
 def tree_of(plan: Plan) -> tuple[int, ...]:
@@ -180,6 +182,11 @@ class Rule:
             raise IncompatiblePairError(f"the {self.verifier.name} verifier takes chains, not trees")
         if not self.recording.meta["trees"]:
             raise IncompatiblePairError(f"the {self.recording.meta['drafter']} drafter proposes chains, not trees")
+        if self.recording.memory is Memory.ROUNDS:
+            raise InputError(
+                f"how {self.recording.meta['drafter']} fills a tree depends on earlier rounds, and its chains do not "
+                "tell: run it"
+            )
         if self.is_random and self.verifier.name not in ("greedy-multi", "recursive"):
             raise InputError(
                 f"a trace does not tell how {self.verifier.name} treats trees of sampled tokens: run it, or replay "
@@ -229,20 +236,16 @@ class Rule:
 
     def _sampled_child(self, view: View, at: int, depth: int, count: int, draw: random.Random) -> int:
         """Of siblings that are sampled: by the rule's law given the text, from the recorded rows of p and q."""
-        found = view.nearest(at, depth)
-        if found is None or found[1]:
-            if found is not None:
-                view.doubts.unknown += 1
-            if view.assume != "near" or found is None:
-                return 0 if view.assume == "always" else -1
-            found = (at + depth, 0)
-        row = found[0]
-        y, p, q = view.tokens[at + depth], view.text_p[at + depth], view.text_q[row][0]
+        found = view.whole_row(at, depth)
+        if found is None:
+            return 0 if view.assume == "always" else -1
+        row = found
+        p, q = view.text_p[row], view.text_q[row][0]
         if math.isnan(q) or p <= 0:
             return -1
         if self.verifier.name == "greedy-multi":
             return self._mixed(view, row, count, p, q, draw)
-        return self._siblings(view, row, y, count, draw)
+        return self._siblings(view, row, count, draw)
 
     def _mixed(self, view: View, row: int, count: int, p: float, q: float, draw: random.Random) -> int:
         """The top count - 1 are accepted where they are the text's; the first child is tested on what they leave."""
@@ -255,20 +258,17 @@ class Rule:
         rest = 1.0 - float(np.exp(logs[: count - 1].astype(np.float64)).sum())
         return 0 if rest > 0 and draw.random() * p < q / rest else -1
 
-    def _siblings(self, view: View, row: int, y: int, count: int, draw: random.Random) -> int:
+    def _siblings(self, view: View, row: int, count: int, draw: random.Random) -> int:
         """Children sampled without replacement, each tested against what the earlier ones left of p.
 
         Given that the text goes on with y and that a child was refused, the child's law is norm(max(D - R, 0)), and
         does not depend on y: that is what makes the rule lossless.
         """
-        p, q = self._rows(view, row)
-        residual, left = p.copy(), q.copy()
-        names = self._names(view, row)
-        mine = names.get(y)
+        residual, left = self._rows(view, row)  # of each the text's token first
         for child in range(count):
             if left.sum() <= 0:
                 return -1
-            if mine is not None and draw.random() * residual[mine] < min(residual[mine], left[mine]):
+            if draw.random() * residual[0] < min(residual[0], left[0]):
                 return child
             refused = np.maximum(left - residual, 0.0)
             if refused.sum() <= 0:
@@ -281,22 +281,19 @@ class Rule:
             left = left / left.sum() if left.sum() > 0 else left
         return -1
 
-    def _names(self, view: View, row: int) -> dict[int, int]:
-        here = view.text.first + row
-        arrays = self.recording.arrays
-        ids: Sequence[int] = sorted({*arrays["target_ids_PM"][here].tolist(), *arrays["draft_ids_PM"][here].tolist()})
-        return {token: i for i, token in enumerate(ids)}
-
     def _rows(self, view: View, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """p and q over the recorded tokens of either, and one entry for all others."""
-        here, names = view.text.first + row, self._names(view, row)
-        arrays, found = self.recording.arrays, []
-        for who in ("target", "draft"):
-            values = np.zeros(len(names) + 1)
-            ids, logs = arrays[f"{who}_ids_PM"][here], arrays[f"{who}_logp_PM"][here].astype(np.float64)
-            values[[names[token] for token in ids.tolist()]] = np.exp(logs)
-            values[-1] = tail = float(arrays[f"{who}_tail_P"][here])
-            view.doubts.tails += tail
+        """p and q over the text's token, the recorded tokens of either, and one entry for all others."""
+        here, arrays, found = view.text.first + row, self.recording.arrays, []
+        y = view.tokens[row]
+        ids = {who: arrays[f"{who}_ids_PM"][here].tolist() for who in ("target", "draft")}
+        others = sorted({*ids["target"], *ids["draft"]} - {y})
+        number = {y: 0, **{token: i for i, token in enumerate(others, 1)}}
+        for who, own in (("target", view.text_p[row]), ("draft", view.text_q[row][0])):
+            values = np.zeros(len(number) + 1)
+            values[[number[token] for token in ids[who]]] = np.exp(arrays[f"{who}_logp_PM"][here].astype(np.float64))
+            tail = float(arrays[f"{who}_tail_P"][here]) - (0.0 if y in ids[who] else own)
+            values[0], values[-1] = own, max(0.0, tail)
+            view.doubts.tails += values[-1]
             found.append(values / values.sum())
         return found[0], found[1]
 
@@ -304,9 +301,3 @@ class Rule:
 def chain(depth: int) -> Structure:
     return structure(tuple(range(-1, depth - 1)))
 
-
-@dataclass
-class Tally:
-    """Decisions and doubts of one walk over all texts."""
-
-    doubts: Doubts = field(default_factory=Doubts)
