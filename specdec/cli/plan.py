@@ -11,6 +11,7 @@ from specdec.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from specdec.planner.evidence import Evidence
     from specdec.planner.planner import Report
     from specdec.planner.predict import Prediction
 
@@ -48,7 +49,11 @@ def add_parser(subparsers: Any) -> None:
         help="draft lengths to predict (default: 1 to 16, and 50)",
     )
     group.add_argument("--no-trees", action="store_true", help="chains only; saves a third of the measuring")
-    group.add_argument("--trace", metavar="FILE", help="acceptance from `specdec record`, not from texts decoded now")
+    group.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="acceptance, prompts and sampling from `specdec record`; nothing is decoded for it",
+    )
     group.add_argument(
         "--context-length",
         type=int,
@@ -82,35 +87,51 @@ def _check(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     screen.quiet(arguments)
-    from specdec.bench.prompts import read_prompts
     from specdec.cli.compare import progress_bar
     from specdec.planner.cache import Store
     from specdec.planner.planner import LENGTHS, make_plan
 
-    prompts = [prompt.text for prompt in read_prompts(arguments.prompts, arguments.limit)]
     decoder = options.build_decoder(arguments, prefix_cache=0)
-    texts = [[{"role": "user", "content": text}] for text in prompts] if arguments.chat else prompts
+    texts, settings, known = _sources(arguments, decoder)
     out, err = screen.consoles()
     screen.warm_up(decoder, err)
     with progress_bar(err, "measuring") as progress:
         report = make_plan(
             decoder,
             texts,
-            options.generation_options(arguments),
+            settings,
             lengths=arguments.lengths or LENGTHS,
             with_trees=not arguments.no_trees,
+            known=known,
             context_length=arguments.context_length,
             seconds=arguments.seconds,
             store=Store(fresh=arguments.fresh),
             progress=progress,
         )
-    head = _describe(arguments, decoder)
+    head = _describe(arguments, decoder, settings)
     show(out, report, head)
     screen.write_json(arguments.json, {**head, **report.as_dict()})
     return 0
 
 
-def _describe(arguments: argparse.Namespace, decoder: Any) -> dict[str, Any]:
+def _sources(arguments: argparse.Namespace, decoder: Any) -> tuple[list[Any], dict[str, Any], Evidence | None]:
+    """Prompts, options of `generate`, and acceptance where a trace has it: then the first two are the trace's."""
+    from specdec.bench.prompts import read_prompts
+
+    if arguments.trace is None:
+        prompts: list[Any] = [prompt.text for prompt in read_prompts(arguments.prompts, arguments.limit)]
+        if arguments.chat:
+            prompts = [[{"role": "user", "content": text}] for text in prompts]
+        return prompts, options.generation_options(arguments), None
+    from specdec.planner.traced import Traced, prompts_of, sampling_options
+    from specdec.replay import Recording
+
+    recording = Recording.load(arguments.trace)
+    known = Traced(recording, decoder, not arguments.no_trees)
+    return list(prompts_of(recording)), sampling_options(recording), known
+
+
+def _describe(arguments: argparse.Namespace, decoder: Any, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from specdec.dtypes import dtype_name
@@ -123,8 +144,8 @@ def _describe(arguments: argparse.Namespace, decoder: Any) -> dict[str, Any]:
         "drafter": decoder.drafter.name,
         "draft": screen.model_name(options.chosen_drafter(arguments)),
         "verifier": decoder.verifier.name,
-        "temperature": arguments.temperature,
-        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": settings["temperature"],
+        "max_new_tokens": settings["max_new_tokens"],
         "device": screen.device_name(capabilities.device),
         "processor": here["device"],
         "threads": torch.get_num_threads(),
@@ -160,11 +181,11 @@ def _show_costs(out: Console, report: Report) -> None:
     from specdec.costs import cost_at
 
     cost = report.costs.round
-    widths = [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64]
+    widths = [1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64]
     known = [width for width in widths if width <= max(cost.verify)]
     table = Table(box=box.SIMPLE_HEAD, title="Verification, ms by rows", title_justify="left", pad_edge=False)
     for width in known:
-        table.add_column(str(width), justify="right")
+        table.add_column(str(width), justify="right", no_wrap=True)
     table.add_row(*(f"{1e3 * cost_at(cost.verify, width):.2f}" for width in known))
     out.print(table)
     kept = "kept from an earlier plan" if report.from_cache.get("costs") else "measured now"
@@ -174,8 +195,8 @@ def _show_costs(out: Console, report: Report) -> None:
     )
     curve = " ".join(f"{p:.2f}" for p in report.survival[:8])
     out.print(
-        f"Accepted to depth 1, 2, …: {curve} (in rounds of {len(report.survival)}; {report.num_texts} texts, "
-        f"{report.num_tokens} tokens).\n"
+        f"Accepted to depth 1, 2, …: {curve} (rounds of {len(report.survival)}; {report.num_texts} texts, "
+        f"{report.num_tokens} tokens, from {report.source}).\n"
     )
 
 
@@ -185,7 +206,7 @@ def _show_rows(out: Console, report: Report) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, title="Predicted", title_justify="left", pad_edge=False)
     table.add_column("draft", no_wrap=True)
-    for name in ("speed-up", "95 %", "ms/token", "tokens", "accepted", "cost", "break-even", "uniform"):
+    for name in ("speed-up", "95 %", "ms/token", "tokens", "accepted", "cost", "break-even"):
         table.add_column(name, justify="right", no_wrap=True)
     top = report.best
     for row in report.rows:
@@ -194,15 +215,14 @@ def _show_rows(out: Console, report: Report) -> None:
     out.print(table)
     out.print(
         "[dim]speed-up: of whole calls over plain ones, the median over texts. tokens: per round. cost: of a round, in "
-        "plain ones. break-even: the acceptance that gives 1.0x if it is the same for every drafted token; uniform: the "
-        "one that gives these tokens.[/]"
+        "plain ones. break-even: the acceptance that gives 1.0x if it is the same for every drafted token.[/]"
     )
 
 
 def _cells(row: Prediction) -> list[str]:
     drafting = bool(row.setting.k or row.setting.shape)
     if not drafting:
-        return [row.setting.label, "1.00x", "", f"{row.milliseconds_per_token:.2f}", "1.00", "", "1.00", "", ""]
+        return [row.setting.label, "1.00x", "", f"{row.milliseconds_per_token:.2f}", "1.00", "", "1.00", ""]
     never = "never" if row.setting.k and row.cost > 1 else ""
     return [
         row.setting.label,
@@ -213,7 +233,6 @@ def _cells(row: Prediction) -> list[str]:
         f"{row.accepted:.0%}",
         f"{row.cost:.2f}",
         f"{row.break_even:.2f}" if row.break_even is not None else never,
-        f"{row.acceptance:.2f}" if row.acceptance is not None else "",
     ]
 
 

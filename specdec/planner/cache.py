@@ -6,13 +6,10 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from specdec.drafter import Drafter
@@ -20,14 +17,13 @@ from specdec.fit.plan import circumstances
 from specdec.kernels.build import cache_folder
 from specdec.kernels.build import key as kernels_key
 from specdec.quant.linear import stored_as
+from specdec.train.provenance import fingerprint, versions, write_json
 
 if TYPE_CHECKING:
     from specdec.api import SpeculativeDecoder
 
 # Of what is kept; a file of another one is measured again.
 SCHEMA = 1
-# Elements of each tensor that a fingerprint looks at.
-_LOOKED_AT = 16
 _DEEPEST = 4
 
 
@@ -39,20 +35,6 @@ def modules_of(drafter: Any, depth: int = 0) -> Iterator[nn.Module]:
                 yield one
             elif isinstance(one, Drafter) and depth < _DEEPEST:
                 yield from modules_of(one, depth + 1)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of a model's configuration, and names, shapes, dtypes and a few elements of all its tensors."""
-    digest = hashlib.sha256()
-    config = getattr(model, "config", None)
-    digest.update(json.dumps(config.to_dict() if hasattr(config, "to_dict") else str(config), default=str).encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        if flat.numel():
-            places = torch.linspace(0, flat.numel() - 1, min(_LOOKED_AT, flat.numel())).long()
-            digest.update(flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:24]
 
 
 def _plain_facts(drafter: Drafter) -> dict[str, Any]:
@@ -67,6 +49,7 @@ def identity(decoder: SpeculativeDecoder) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "target": fingerprint(decoder.target),
+        "config": decoder.target.config.to_dict(),
         "stored_as": stored_as(decoder.target),
         "drafter": [type(drafter).__module__, type(drafter).__qualname__, _plain_facts(drafter)],
         "drafts_with": [(fingerprint(module), stored_as(module)) for module in modules_of(drafter)],
@@ -75,7 +58,7 @@ def identity(decoder: SpeculativeDecoder) -> dict[str, Any]:
         "kv_cache": backend.kv_cache,
         "backend": [type(backend).__name__, backend.describes, backend.numerics],
         "kernels": kernels_key(),
-        "versions": {name: version(name) for name in ("specdec", "torch", "transformers")},
+        "versions": versions(),
     }
 
 
@@ -136,13 +119,10 @@ class Store:
 
     def save(self, facts: Mapping[str, Any], what: Mapping[str, Any]) -> bool:
         """Whether it could be kept."""
-        text = json.dumps({"key": key_of(facts), "facts": facts, "what": what}, default=str)
+        content = {"key": key_of(facts), "facts": json.loads(json.dumps(facts, default=str)), "what": what}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder) as beside:
-                part = Path(beside) / "plan"
-                part.write_text(text, encoding="utf-8")
-                os.replace(part, self._path(facts))
+            write_json(self._path(facts), content)
         except OSError:
             return False
         return True

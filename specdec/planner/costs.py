@@ -1,9 +1,8 @@
-"""What a plan is made of, measured on this device: costs of rounds, and acceptance in real rounds."""
+"""What rounds cost on this device, measured in seconds: probes with the drafter, bare forwards, the memory's speed."""
 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,10 @@ import numpy as np
 from specdec.bench import bare
 from specdec.bench.machine import ReadProbe, streamed_bytes
 from specdec.costs import cost_at
-from specdec.drafter import Memory
-from specdec.errors import InputError
 from specdec.fit.costs import PLAIN, Sample, TimedText, fit_costs, probes, time_texts
 from specdec.fit.optimum import RoundCost
-from specdec.fit.ranks import RankTable, comb, rank_tables
+from specdec.fit.ranks import comb, falling
 from specdec.planner.predict import Once, TextCost
-from specdec.planner.work import Seen, SeenText
-from specdec.policy import Fixed
 from specdec.tree_policy import StaticTree
 
 if TYPE_CHECKING:
@@ -29,12 +24,11 @@ if TYPE_CHECKING:
 
 #: Rows of the target's forward that are timed; those between lie on lines.
 WIDTHS = (*range(1, 18), 20, 24, 28, 32, 40, 48, 51, 56, 64)
-#: Chains that are decoded: the longest one, and others where it does not tell what shorter ones would have done.
+#: The longest chain that is decoded; what longer ones cost follows from the line.
 LIMIT = 16
-_LIMITS = (1, 2, 4, 8, LIMIT)
 # Combs tell what a node with children costs beside a level, and what else a branching round costs.
 _COMBS = ((2, 2), (2, 6), (5, 2))
-_COMB_DEPTH, _COMB_RANKS, _MOST_NODES = 5, 4, 64
+_MOST_NODES = 64
 _COST_PROMPTS, _REPETITIONS, _COST_TOKENS = 2, 2, 40
 _RESAMPLES = 60
 _WARMUP_TOKENS = 12
@@ -91,12 +85,16 @@ def _text_cost(texts: Sequence[TimedText], widths: Mapping[int, float]) -> TextC
 
 
 def with_curve(cost: RoundCost, bare_seconds: Mapping[int, float]) -> RoundCost:
-    """The verification at every width of the bare forwards: theirs, and what the loop adds at the widths it had."""
+    """The verification at every width of the bare forwards: theirs, and what the loop adds at the widths it had.
+
+    More rows are never cheaper: where measurements say so, neighbours share what they took.
+    """
     if not bare_seconds:
         return cost
     added = {width: seconds - cost_at(bare_seconds, width) for width, seconds in cost.verify.items()}
     widths = sorted({*bare_seconds, *cost.verify})
-    return replace(cost, verify={w: max(1e-9, cost_at(bare_seconds, w) + cost_at(added, w)) for w in widths})
+    seconds = np.array([max(1e-9, cost_at(bare_seconds, w) + cost_at(added, w)) for w in widths])
+    return replace(cost, verify=dict(zip(widths, (-falling(-seconds)).tolist(), strict=True)))
 
 
 def _once(texts: Sequence[TimedText], cost: RoundCost) -> Once:
@@ -115,42 +113,6 @@ def _once(texts: Sequence[TimedText], cost: RoundCost) -> Once:
         if rate >= 0 and fixed >= 0:
             return Once(float(fixed), float(rate))
     return Once(0.0, float(max(0.0, np.median(y / x))))
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """What was accepted, prompt by prompt: `texts[i][limit]`, and ranks by depth where trees were asked about.
-
-    `exact`: shorter chains follow from the longest by counting, see `specdec.planner.work.recut`.
-    """
-
-    texts: tuple[Mapping[int, SeenText], ...]
-    tables: tuple[RankTable, ...] = ()
-    exact: bool = False
-
-    def seen(self, k: int) -> list[SeenText]:
-        """Of each prompt, the text whose chains were at least k long, the shortest of them; else the longest."""
-        found = []
-        for by_limit in self.texts:
-            limits = [limit for limit in by_limit if limit >= k]
-            found.append(by_limit[min(limits) if limits else max(by_limit)])
-        return found
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def of(found: Mapping[str, Any]) -> Acceptance:
-        """Back from JSON."""
-
-        def text(one: Mapping[str, Any]) -> SeenText:
-            return SeenText(**{**one, "rounds": tuple(Seen(**seen) for seen in one["rounds"])})
-
-        return Acceptance(
-            tuple({int(limit): text(one) for limit, one in by_limit.items()} for by_limit in found["texts"]),
-            tuple(RankTable(tuple(t["reached"]), tuple(map(tuple, t["accepted"]))) for t in found["tables"]),
-            bool(found["exact"]),
-        )
 
 
 def grows_trees(decoder: SpeculativeDecoder) -> bool:
@@ -190,53 +152,3 @@ def measure_costs(
         tuple(texts), dict(found.target), found.draft, found.length, ReadProbe(device)(),
         streamed_bytes(decoder.target, found.length),
     )  # fmt: skip
-
-
-def is_exact(decoder: SpeculativeDecoder, options: Mapping[str, Any]) -> bool:
-    """Whether the longest chain tells what shorter ones would have done: the same text, and drafts that depend on the
-    tokens before them alone."""
-    same_text = options.get("temperature", 0.0) == 0 or decoder.verifier.keeps_seed
-    return same_text and decoder.verifier.lossless and decoder.drafter.memory is Memory.PATH
-
-
-def limits(decoder: SpeculativeDecoder, options: Mapping[str, Any]) -> tuple[int, ...]:
-    """Lengths of the chains that are decoded for acceptance."""
-    return (LIMIT,) if is_exact(decoder, options) else _LIMITS
-
-
-def measure_acceptance(
-    decoder: SpeculativeDecoder,
-    prompts: Sequence[Any],
-    options: Mapping[str, Any],
-    trees: bool,
-    tick: Tick,
-    seconds: float = float("inf"),
-) -> Acceptance:
-    """Decode the prompts with long chains, and with shorter ones where those do something else; with combs for trees.
-
-    Between prompts it is looked whether `seconds` have passed; the first two are taken in any case. Raises
-    `InputError` where nothing was drafted at all.
-    """
-    began = time.monotonic()
-    texts, tables = [], []
-    lengths = limits(decoder, options)
-    for number, prompt in enumerate(prompts):
-        if number >= 2 and time.monotonic() - began > seconds:
-            break
-        by_limit = {}
-        for limit in lengths:
-            made = decoder.generate(prompt, policy=Fixed(limit), **options)
-            rounds = tuple(Seen(record.num_nodes, record.num_accepted) for record in made.trace.rounds)
-            by_limit[limit] = SeenText(
-                limit, len(made.prompt), len(made.tokens), int(options["max_new_tokens"]), rounds
-            )
-            tick()
-        texts.append(by_limit)
-        if trees:
-            tables += rank_tables(decoder, [prompt], _COMB_DEPTH, _COMB_RANKS, tick, **options)[0]
-    if not any(seen.proposed for by_limit in texts for text in by_limit.values() for seen in text.rounds):
-        raise InputError(
-            f"the {decoder.drafter.name} drafter proposed nothing on these prompts, so there is nothing to plan; use "
-            "other prompts, more new tokens, or another drafter"
-        )
-    return Acceptance(tuple(texts), tuple(tables), is_exact(decoder, options))
