@@ -149,15 +149,17 @@ def show(console: Console, found: Difference, before: str, after: str, *, everyt
             summary += f", {found.count('acceptance', verdict)} {verdict}"
     if judged:
         _section(console, "Accepted tokens per round", summary, *([_acceptance(moved)] if moved else []))
-        faster = [pair for pair in judged if everything or (pair.speed and pair.speed.verdict == BEYOND)]
-        summary = f"{len(judged)} cells: {found.count('speed', BEYOND)} beyond noise and at least {MIN_SPEED:.0%} apart"
+    timed = [pair for pair in judged if pair.speed is not None]
+    if timed:
+        faster = [pair for pair in timed if everything or (pair.speed and pair.speed.verdict == BEYOND)]
+        summary = f"{len(timed)} cells: {found.count('speed', BEYOND)} beyond noise and at least {MIN_SPEED:.0%} apart"
         _section(console, "Speed-up over the plain loop", summary, *([_speed(faster)] if faster else []))
     _listed(console, "Only before", found.missing)
     _listed(console, "Only after", found.new)
     if judged:
         console.print(
-            f"\n[dim]real: nothing that is recorded differs and no clock steers the rounds, so this is no noise. p: by sign "
-            f"flips of prompts, adjusted for all cells (step-down max-T); beyond noise: p ≤ {found.level:g}. 95 %: "
+            f"\n[dim]real: nothing that is recorded differs and no clock steers the rounds, so this is no noise. p: by "
+            f"sign flips of prompts, adjusted for all cells (step-down max-T); beyond noise: p ≤ {found.level:g}. 95 %: "
             "bootstrap over prompts. Two runs on one machine may differ in speed by more than their prompts tell.[/]\n"
         )
 
@@ -188,7 +190,7 @@ def show_gate(console: Console, judged: Gate, reference: str, now: str) -> None:
     counts = ", ".join(f"{outcomes.count(one)} {one}" for one in (PASS, FAIL, UNDECIDED) if one in outcomes)
     console.print(f"\n[{_STYLES[judged.outcome]}]{judged.outcome.upper()}[/] ({counts})")
     console.print(
-        f"[dim]Tolerance {judged.tolerance:.1%} of the accepted tokens. fail: identity is lost, or a larger loss is shown at "
-        f"level {judged.level:g} for all cells together; pass: the same rounds, or such a loss is excluded at that level. "
-        "seen from: the loss that fails with 80 % chance.[/]\n"
+        f"[dim]Tolerance {judged.tolerance:.1%} of the accepted tokens. fail: identity is lost, or a larger loss is shown "
+        f"at level {judged.level:g} for all cells together; pass: the same rounds, or such a loss is excluded at that "
+        "level. seen from: the loss that fails with 80 % chance.[/]\n"
     )

@@ -121,23 +121,25 @@ def judge_acceptance(matches: Sequence[Match], level: float) -> list[Acceptance]
     return found
 
 
-def judge_speed(matches: Sequence[Match], level: float, least: float = MIN_SPEED) -> list[Speed]:
+def judge_speed(matches: Sequence[Match], level: float, least: float = MIN_SPEED) -> list[Speed | None]:
+    """None where one of the two was not timed."""
+    timed = [m for m in matches if all(row.get("speedup") for side in m.sides for row in side)]
     logs = [
-        np.array([math.log(b["speedup"] / a["speedup"]) for a, b in zip(*match.sides, strict=True)])
-        for match in matches
+        np.array([math.log(b["speedup"] / a["speedup"]) for a, b in zip(*match.sides, strict=True)]) for match in timed
     ]
-    family = judge(by_prompt(matches, logs), "both", level)
-    found = []
-    for i, (match, values) in enumerate(zip(matches, logs, strict=True)):
-        before, after = (np.exp(np.mean([math.log(row["speedup"]) for row in side])) for side in match.sides)
+    family = judge(by_prompt(timed, logs), "both", level)
+    found: dict[int, Speed] = {}
+    for i, (match, values) in enumerate(zip(timed, logs, strict=True)):
+        before, after = (math.exp(np.mean([math.log(row["speedup"]) for row in side])) for side in match.sides)
         low, high = (math.exp(edge) for edge in mean_interval(values))
         ratio, adjusted = math.exp(float(values.mean())), float(family.adjusted[i])
         if adjusted <= level and abs(math.log(ratio)) >= math.log1p(least):
             verdict = BEYOND
         else:
-            verdict = TOO_FEW if math.isinf(smallest_visible(values, family.critical, 1.0)) and values.any() else WITHIN
-        found.append(Speed(float(before), float(after), ratio, low, high, float(family.p[i]), adjusted, verdict))
-    return found
+            blind = bool(values.any()) and math.isinf(smallest_visible(values, family.critical, 1.0))
+            verdict = TOO_FEW if blind else WITHIN
+        found[id(match)] = Speed(before, after, ratio, low, high, float(family.p[i]), adjusted, verdict)
+    return [found.get(id(match)) for match in matches]
 
 
 def identity(match: Match) -> Identity:

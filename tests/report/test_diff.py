@@ -94,7 +94,7 @@ def test_a_lost_identity_is_an_alarm_and_a_won_one_is_none():
     after["cells"][0]["rows"][2]["identical"] = False
     after["cells"][0]["divergences"] = [{"id": "p2", "verdict": "BUG"}]
     found = diff(before, after)
-    assert [alarm for _, alarm in found.alarms][0].startswith("identity lost on p2: 8 → 7")
+    assert found.alarms[0][1].startswith("identity lost on p2: 8 → 7")
     assert "BUG" in found.alarms[1][1]
     back = diff(after, before)
     assert not back.alarms
@@ -211,3 +211,11 @@ def test_means_of_speedups_are_geometric():
     for row, value in zip(after["cells"][0]["rows"], [1.0, 2.0, 4.0, 8.0], strict=True):
         row["speedup"] = value
     assert diff(before, after).pairs[0].speed.after == pytest.approx(np.prod([1, 2, 4, 8]) ** 0.25)
+
+
+def test_cells_that_were_not_timed_have_no_speed_and_do_not_spoil_others():
+    first, second = cell(rates(8), seed=1, k=2), cell(rates(8), seed=1, k=4)
+    for row in first["rows"]:
+        row["speedup"] = None
+    made = document(first, second)
+    assert [pair.speed is None for pair in diff(made, copy.deepcopy(made)).pairs] == [True, False]
