@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from specdec.api import SpeculativeDecoder
     from specdec.bench.compare import Progress
+    from specdec.bench.comparison import Comparison
+    from specdec.bench.prompt_sets import Encoded
 
 # A run that is over sooner needs no bar.
 _PATIENCE = 2.0
@@ -28,6 +31,7 @@ examples:
   specdec compare --policy fixed --k 4 --baseline hf --baseline hf-assisted --json result.json
   specdec compare --target org/target --drafter org/draft --prompts question.jsonl --chat --dtype bfloat16
   specdec compare --quantize w4a16 --draft-quantize mxfp4 --limit 4        weights in fewer bits, rounded while read
+  specdec compare --html report.html                                       a page to look at, and to pass on
   specdec compare --drafter self_quant --drafter-option scheme=mxfp4       the target drafts for itself in 4 bits
 
 Exit code 1 when texts differ and the difference is no tie of the precision (a BUG), 2 for wrong input.
@@ -57,6 +61,7 @@ def add_parser(subparsers: Any) -> None:
         help="add transformers' own generation, plain or assisted, to the same run; repeatable",
     )
     group.add_argument("--json", metavar="FILE", help="write all numbers")
+    group.add_argument("--html", metavar="FILE", help="write one page with charts, and the first texts token by token")
     options.add_text_options(parser, max_new_tokens=64)
     options.add_method_options(parser)
     options.add_model_options(parser)
@@ -125,8 +130,26 @@ def _describe(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> dic
     }
 
 
+def _write_page(
+    arguments: argparse.Namespace,
+    decoder: SpeculativeDecoder,
+    comparison: Comparison,
+    prompts: Sequence[Encoded],
+    parameters: dict[str, Any],
+) -> None:
+    from specdec.report import cells, html
+
+    texts = options.generation_options(arguments)
+    told = cells.stories_of(decoder, prompts, texts)
+    command = ["specdec", *sys.argv[1:]]
+    html.write(
+        cells.document_of(comparison, arguments, decoder, told, parameters=parameters, command=command), arguments.html
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     screen.check_writable(arguments.json)
+    screen.check_writable(arguments.html, "--html")
     screen.quiet(arguments)
     from specdec.bench import baselines, specbench, specbench_table
     from specdec.bench.compare import compare
@@ -162,4 +185,7 @@ def run(arguments: argparse.Namespace) -> int:
     label = f"{decoder.drafter.name}, {decoder.policy.name}"
     specbench_table.show(out, {"cells": [{"label": label, "rows": rows}]}, published=arguments.published)
     screen.write_json(arguments.json, report)
+    if arguments.html is not None:
+        _write_page(arguments, decoder, comparison, encoded, report["parameters"])
+        err.print(f"written: {arguments.html}", markup=False)
     return 1 if comparison.has_bug else 0

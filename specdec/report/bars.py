@@ -35,7 +35,9 @@ def _bar(label: str, parts: Mapping[str, float], longest: float, **attributes: A
             pieces.append(el("span", shown, cls=f"piece {stage}", style=f"width:{share:.2f}%", title=title))
     said = ", ".join(f"{stage} {parts[stage]:.2f}" for stage in STAGES)
     bar = el("div", pieces, cls="bar", role="img", aria_label=f"{label}: {said} milliseconds per token")
-    return el("li", el("span", label, cls="bar-label"), bar, el("span", f"{total:.2f} ms", cls="bar-total"), **attributes)
+    return el(
+        "li", el("span", label, cls="bar-label"), bar, el("span", f"{total:.2f} ms", cls="bar-total"), **attributes
+    )
 
 
 def stages(view: View) -> Markup | None:
@@ -104,9 +106,7 @@ def by_category(view: View) -> tuple[Markup | None, str]:
     return (grid(figures) if figures else None), by
 
 
-def _dots(
-    view: View, names: Sequence[str], values: Mapping[tuple[int, str], float], axis: str, unit: str
-) -> Markup:
+def _dots(view: View, names: Sequence[str], values: Mapping[tuple[int, str], float], axis: str, unit: str) -> Markup:
     letters = min(max(len(name) for name in names), 18)
     left = 18 + 6.8 * letters
     height = _ROW * len(names) + BOTTOM + 14
@@ -122,7 +122,17 @@ def _dots(
     rows = Scale(0, len(names) - 1, 6 + _ROW / 2, bottom - _ROW / 2)
     for i, name in enumerate(names):
         shown = name if len(name) <= letters else "…" + name[1 - letters :]
-        parts.append(el("text", shown, el("title", name), x=number(left - 10), y=number(rows(i)), dy="0.32em", cls="row-name end"))
+        parts.append(
+            el(
+                "text",
+                shown,
+                el("title", name),
+                x=number(left - 10),
+                y=number(rows(i)),
+                dy="0.32em",
+                cls="row-name end",
+            )
+        )
         parts.append(el("line", x1=number(left), x2=WIDTH - 12, y1=number(rows(i)), y2=number(rows(i)), cls="grid"))
     for cell in sorted(view.done, key=lambda c: c in view.chosen):
         parts.append(_cell_dots(cell, cell in view.chosen, names, values, x, rows, unit))
@@ -131,7 +141,13 @@ def _dots(
 
 
 def _cell_dots(
-    cell: Cell, on: bool, names: Sequence[str], values: Mapping[tuple[int, str], float], x: Scale, rows: Scale, unit: str
+    cell: Cell,
+    on: bool,
+    names: Sequence[str],
+    values: Mapping[tuple[int, str], float],
+    x: Scale,
+    rows: Scale,
+    unit: str,
 ) -> Markup:
     dots = []
     for i, name in enumerate(names):

@@ -170,9 +170,24 @@ def lines(
     if reference is not None:
         at = y(reference[0])
         parts.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=number(at), y2=number(at), cls="reference"))
-        parts.append(el("text", reference[1], x=WIDTH - RIGHT, y=number(at - 5), cls="reference-name end"))
+        points = [(x(p.x), y(p.y)) for one in series for p in one.points]
+        parts.append(_beside(reference[1], at, points))
     parts += [_line(one, x, y) for one in sorted(series, key=lambda s: s.on)]
     return svg(parts, described)
+
+
+def _beside(text: str, level: float, points: Sequence[tuple[float, float]]) -> Markup:
+    """The name of a level, at the end and on the side of it that has the fewest points."""
+    wide = len(text) * _LETTER + 16
+    places = []
+    for anchor, low, high in (("end", WIDTH - RIGHT - wide, WIDTH), ("start", 0.0, LEFT + wide)):
+        for up, dy in ((-18.0, -5.0), (18.0, 13.0)):
+            top, bottom = min(level, level + up), max(level, level + up)
+            near = sum(low <= px <= high and top - 4 <= py <= bottom + 4 for px, py in points)
+            places.append((near, anchor, level + dy))
+    _, anchor, at = min(places, key=lambda place: place[0])
+    edge = WIDTH - RIGHT if anchor == "end" else LEFT + 2
+    return el("text", text, x=edge, y=number(at), cls=f"reference-name {anchor}")
 
 
 def svg(parts: Sequence[Markup], described: str, height: float = HEIGHT) -> Markup:

@@ -67,7 +67,8 @@ def acceptance(view: View) -> Markup | None:
         series = []
         for cell in view.done:
             points = [
-                Point(i, v, f"{cell.label}\nposition {i}: {v:.1%}") for i, v in enumerate(_positions(cell.stats, name), 1)
+                Point(i, v, f"{cell.label}\nposition {i}: {v:.1%}")
+                for i, v in enumerate(_positions(cell.stats, name), 1)
             ]
             if points:
                 series.append(Series(points, cell.colour, dashes.get(cell.index, 0), cell.index, cell in chosen))
@@ -95,6 +96,14 @@ def along(cell: Cell) -> list[tuple[float, int, int, int]]:
     return [((b + 0.5) * _BIN, *bins[b]) for b in sorted(bins) if bins[b][0] >= _MIN_ROUNDS]  # type: ignore[misc]
 
 
+def _text_scale(end: int) -> Scale:
+    """From 0 to `end`, with a tick at every so many stretches of text."""
+    step = _BIN
+    while end / step > 6:
+        step *= 2
+    return Scale(0, end, *_HORIZONTAL, [(at, str(at)) for at in range(0, end + 1, step)])
+
+
 def along_the_text(view: View) -> Markup | None:
     """Tokens per round, and the share of drafted tokens that was accepted, by place in the text."""
     found = {cell.index: along(cell) for cell in view.done}
@@ -102,7 +111,7 @@ def along_the_text(view: View) -> Markup | None:
         return None
     chosen, dashes = set(view.chosen), _dashes(view.chosen)
     whole = [_BIN * round(p[0] / _BIN + 0.5) for points in found.values() for p in points]
-    x = linear([0, *whole], *_HORIZONTAL, zero=True)
+    x = _text_scale(max(whole))
     figures = []
     for title, y_title, is_share in (
         ("Tokens per round", "tokens per round", False), ("Drafted tokens that were accepted", "accepted, %", True),
@@ -171,7 +180,7 @@ def against_k(view: View) -> Markup | None:
     places = _places(cells, shape)
     x = Scale(0, max(max(places.values()), 1), *_HORIZONTAL, [(at, value) for value, at in places.items()])
     ends = [v for c in cells for v in ((c.speedup.low, c.speedup.high) if c.speedup else (c.per_round or 1.0,))]
-    y = linear([1.0, *ends], *_VERTICAL, zero=view.timed)
+    y = linear([1.0, *ends], *_VERTICAL)
     y_title = "times the plain loop" if view.timed else "tokens per round"
     figures = []
     for title, members in _facets(view):
@@ -181,7 +190,9 @@ def against_k(view: View) -> Markup | None:
         described = f"{y_title} against k, {title}: {len(members)} settings"
         reference = (1.0, "plain loop") if view.timed else None
         series = _against(members, view, shape, places)
-        chart = lines(series, x, y, x_title="drafted per round", y_title=y_title, described=described, reference=reference)
+        chart = lines(
+            series, x, y, x_title="drafted per round", y_title=y_title, described=described, reference=reference
+        )
         figures.append(figure(title, chart))
     return grid(figures) if figures else None
 
@@ -249,8 +260,8 @@ def pareto(view: View) -> tuple[Markup | None, bool]:
             if x_value is not None and y_value is not None:
                 goods[cell.index] = (x_sign * x_value, y_sign * y_value)
         cells = [cell for cell in view.done if cell.index in goods]
-        if len(cells) < 2:
-            continue
+        if min(len({goods[c.index][i] for c in cells}) for i in (0, 1)) < 2 if cells else True:
+            continue  # nothing to weigh: one setting, or all of them alike
         values = {i: (abs(a), abs(b)) for i, (a, b) in goods.items()}
         chart = _scatter(cells, values, _dominated(cells, goods), x_title, y_title)
         figures.append(figure(f"{y_title.split(',')[0].capitalize()} and {x_title.split(',')[0]}", chart))

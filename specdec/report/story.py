@@ -185,6 +185,4 @@ def tell(decoder: SpeculativeDecoder, prompt: Prompt, **options: Any) -> list[di
     teller = _Teller(sampling, task.settle, decoder.tokenizer)
     generation = Stream(replace(task, settle=teller)).finish()
     told = zip(pieces(decoder.tokenizer, generation), generation.origins, teller.notes, strict=False)
-    return [
-        {"text": text, "origin": origin, "position": i, **note} for i, (text, origin, note) in enumerate(told)
-    ]
+    return [{"text": text, "origin": origin, "position": i, **note} for i, (text, origin, note) in enumerate(told)]

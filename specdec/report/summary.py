@@ -26,11 +26,11 @@ def headline(view: View) -> str:
     if s is None:
         return f"{best.per_round or 1:.2f} tokens per round; speed was not measured."
     if s.low > 1:
-        return f"Speculation pays: {_times(s.median)} faster."
+        return f"Speculation pays: {_times(s.median)} the speed of plain decoding."
     if s.high < 1:
         least = "at best " if len(view.done) > 1 else ""
-        return f"Speculation does not pay here: {least}{_times(s.median)}."
-    return f"No clear gain: {_times(s.median)}, and the interval holds 1."
+        return f"Speculation does not pay here: {least}{_times(s.median)} the speed of plain decoding."
+    return f"No clear gain: {_times(s.median)} the speed of plain decoding, give or take."
 
 
 def _identity(cell: Cell) -> tuple[str, str]:
@@ -41,7 +41,10 @@ def _identity(cell: Cell) -> tuple[str, str]:
     if same is None or not total:
         return "", "Whether the texts are those of plain decoding was not recorded."
     if not cell.raw.get("expects_identity"):
-        return "good", f"Lossless: the target's distribution, other tokens than plain decoding ({same} of {total} alike)."
+        return (
+            "good",
+            f"Lossless: the target's distribution, other tokens than plain decoding ({same} of {total} alike).",
+        )
     if same == total:
         return "good", f"Lossless: {same} of {total} texts are those of plain decoding, token for token."
     verdicts = {str(d.get("verdict")) for d in cell.raw.get("divergences") or ()}
@@ -70,7 +73,9 @@ def _figures(view: View) -> Markup:
 
     def add(title: str, value: str, note: str = "", kind: str | None = None) -> None:
         # The value first for the eye, the name first for whoever listens.
-        shown.append(el("div", el("dt", title), el("dd", value, cls=kind), el("dd", note, cls="under") if note else None))
+        shown.append(
+            el("div", el("dt", title), el("dd", value, cls=kind), el("dd", note, cls="under") if note else None)
+        )
 
     if best is not None:
         if best.speedup is not None:
@@ -85,10 +90,13 @@ def _figures(view: View) -> Markup:
             bad = best.raw.get("expects_identity") and same < total
             add("identical texts", f"{same}/{total}", "to plain decoding", "warn" if bad else None)
         if best.speedup is not None and best.raw.get("efficiency") and best.acceptance is not None:
-            add("of the ideal", f"{best.raw['efficiency']:.0%}", f"bare forwards allow {_times(best.raw['ideal_speedup'])}")
+            add(
+                "of the ideal",
+                f"{best.raw['efficiency']:.0%}",
+                f"bare forwards allow {_times(best.raw['ideal_speedup'])}",
+            )
     if len(view.cells) > 1 or view.failed:
-        add("settings", str(len(view.done)), f"{len(view.failed)} failed" if view.failed else "all finished",
-            "warn" if view.failed else None)  # fmt: skip
+        add("settings", str(len(view.done)), f"{len(view.failed)} more failed" if view.failed else "none failed")
     return el("dl", shown, cls="figures-row")
 
 
@@ -129,7 +137,9 @@ def _command(command: Any) -> str:
 
 
 def summary(view: View) -> Markup:
-    return el("section", el("h1", headline(view)), _lead(view), _figures(view), facts(view), cls="summary", id="summary")
+    return el(
+        "section", el("h1", headline(view)), _lead(view), _figures(view), facts(view), cls="summary", id="summary"
+    )
 
 
 def footnotes(view: View) -> Markup:

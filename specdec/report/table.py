@@ -56,7 +56,9 @@ def _same(cell: Cell) -> tuple[str, float]:
     same, total = cell.raw.get("identical"), cell.raw.get("prompts")
     if same is None or not total:
         return "–", -1.0
-    mark = "" if cell.raw.get("expects_identity") and same == total else " ≠" if cell.raw.get("expects_identity") else ""
+    mark = (
+        "" if cell.raw.get("expects_identity") and same == total else " ≠" if cell.raw.get("expects_identity") else ""
+    )
     return f"{same}/{total}{mark}", same / total
 
 
@@ -124,10 +126,15 @@ def table(view: View) -> Markup:
         _head("accepted", "num", said="of the drafted tokens"),
     ]
     if view.timed:
-        heads += [_head("tokens/s", "num wide"), _head("of ideal", "num wide", said="efficiency: what bare forwards allow")]
+        heads += [
+            _head("tokens/s", "num wide"),
+            _head("of ideal", "num wide", said="efficiency: what bare forwards allow"),
+        ]
     heads.append(_head("same text", "num", said="texts identical to plain decoding"))
     rows = [_row(view, cell, whiskers) for cell in view.cells]
     few = " few" if not view.axes else ""
     caption = el("caption", "All settings", cls="unseen")
     made = el("table", caption, el("thead", el("tr", heads)), el("tbody", rows), cls=f"cells{few}", id="cells")
-    return el("div", _filters(view), el("div", made, cls="scroll", tabindex=0, role="region", aria_label="all settings"))
+    return el(
+        "div", _filters(view), el("div", made, cls="scroll", tabindex=0, role="region", aria_label="all settings")
+    )

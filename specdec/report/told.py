@@ -63,7 +63,9 @@ def _counts(tokens: Sequence[Mapping[str, Any]], origins: Sequence[str]) -> Mark
                               el("small", f"{count / total:.0%}")))  # fmt: skip
     for kind, said in (("corrected", "target, where the draft was refused"), ("own", "target, nothing refused")):
         if by_kind.get(kind):
-            entries.append(el("li", el("b", "ab", cls=f"t {kind}"), f" {said} ", el("small", f"{by_kind[kind] / total:.0%}")))
+            entries.append(
+                el("li", el("b", "ab", cls=f"t {kind}"), f" {said} ", el("small", f"{by_kind[kind] / total:.0%}"))
+            )
     rounds = len({token.get("round") for token in tokens})
     entries.append(el("li", el("span", "ab", cls="round sample"), " a round ",
                       el("small", f"{rounds} of {len(tokens) / max(rounds, 1):.2f} tokens")))  # fmt: skip

@@ -149,7 +149,9 @@ class Page:
             answer = self._read(until)
             if "method" in answer:
                 self._note(answer)
-        timing = self.run("(([n]) => [n.loadEventEnd, n.domContentLoadedEventEnd])(performance.getEntriesByType('navigation'))")
+        timing = self.run(
+            "(([n]) => [n.loadEventEnd, n.domContentLoadedEventEnd])(performance.getEntriesByType('navigation'))"
+        )
         return max(timing) / 1e3
 
     def run(self, script: str) -> Any:
