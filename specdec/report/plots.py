@@ -6,9 +6,11 @@ stay apart for colour-blind readers. The same document gives the same bytes with
 
 from __future__ import annotations
 
+
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,7 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
     """The same places in their order, moved apart to at least `gap`, as little as a pass over them can."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     moved = list(places)
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in pairwise(order):
         moved[after] = max(moved[after], moved[before] + gap)
     shift = (sum(moved) - sum(places)) / max(len(places), 1)
     return [place - shift for place in moved]
@@ -158,7 +160,8 @@ def _name_best(axes: Any, panel: Panel, look: Look) -> None:
         is_right = spot.x >= (left + right) / 2
         axes.annotate(
             spot.name, (spot.x, y), xytext=(-8 if is_right else 8, 0), textcoords="offset points", va="center",
-            ha="right" if is_right else "left", fontsize=8, color=look.ink, annotation_clip=False, path_effects=_halo(look),
+            ha="right" if is_right else "left", fontsize=8, color=look.ink, annotation_clip=False,
+            path_effects=_halo(look),
         )  # fmt: skip
 
 

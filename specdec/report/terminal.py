@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
@@ -121,7 +122,7 @@ def _draw(canvas: Canvas, line: Line, x: _Span, y: _Span, shift: float) -> None:
     style, mark = _colour(line.slot), _mark(line.slot, canvas.ascii_only)
     places = [(min(max(x.share(s.x) + shift, 0.0), 1.0), y.share(s.y)) for s in line.spots]
     if line.joined:
-        for start, end in zip(places, places[1:], strict=False):
+        for start, end in pairwise(places):
             canvas.line(start, end, style)
     for (across, _), spot in zip(places, line.spots, strict=True):
         if spot.low is not None and spot.high is not None:
