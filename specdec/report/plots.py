@@ -6,7 +6,6 @@ stay apart for colour-blind readers. The same document gives the same bytes with
 
 from __future__ import annotations
 
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import InputError
-from specdec.report.series import Heat, Line, Panel, Plot, plots
+from specdec.report.series import BUILDERS, Heat, Line, Panel, Plot, plots
 from specdec.report.view import View
 
 SUFFIXES = (".svg", ".png")
@@ -292,6 +291,11 @@ def _most_telling(found: Sequence[Plot | Heat]) -> list[Plot | Heat]:
     order = ("speed", "tokens", "acceptance", "heatmap", "text", "pareto")
     chosen = [kind for kind in order if kind in by_kind and not (kind == "tokens" and "speed" in by_kind)]
     return [by_kind[kind] for kind in chosen[:_COLUMNS]]
+
+
+def allows(document: Mapping[str, Any], kind: str) -> bool:
+    """Whether the cells have what a plot of that kind needs."""
+    return BUILDERS[kind](View(document)) is not None
 
 
 def save(document: Mapping[str, Any], path: str | Path, kinds: Sequence[str] = (), theme: str = "auto") -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -314,6 +313,7 @@ def heatmap(view: View) -> Heat | None:
         values = {(verifier.value(c.setting), temperature.value(c.setting)): float(c.per_round or 0) for c in group}
         name = " · ".join(_said(a, a.value(group[0].setting)) for a in others)
         maps.append((name, values, group[0]))
+    maps = [one for one in maps if len(one[1]) > 1]
     if not maps:
         return None
     if len(maps) > MAX_PANELS:
@@ -323,12 +323,11 @@ def heatmap(view: View) -> Heat | None:
 
 
 def _usual_shape(cells: Sequence[Cell]) -> str:
-    """The shape of most cells; of several, the one in the middle."""
+    """The shape of most cells; of several, the largest."""
     counts: dict[str, int] = {}
     for cell in cells:
         counts[shape(cell)] = counts.get(shape(cell), 0) + 1
-    most = [one for one in places(cells) if counts[one] == max(counts.values())]
-    return most[math.floor((len(most) - 1) / 2)]
+    return [one for one in places(cells) if counts[one] == max(counts.values())][-1]
 
 
 BUILDERS: dict[str, Callable[[View], Plot | Heat | None]] = {

@@ -115,7 +115,7 @@ def _x_axis(plot: Plot, panel: Panel) -> tuple[_Span, list[tuple[float, str]]]:
         low, high = min(low, 1), max(high, 2)
         return _Span(low, high), [(float(i), str(i)) for i in range(int(low), int(high) + 1)]
     ticks = nice_ticks(low, high, count=3)
-    return _Span(ticks[0], ticks[-1]), [(tick, f"{tick:g}") for tick in ticks]
+    return _Span(ticks[0], ticks[-1]), [(tick, f"{tick:.4g}") for tick in ticks]
 
 
 def _draw(canvas: Canvas, line: Line, x: _Span, y: _Span, shift: float) -> None:
