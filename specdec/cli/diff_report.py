@@ -158,8 +158,8 @@ def show(console: Console, found: Difference, before: str, after: str, *, everyt
     _listed(console, "Only after", found.new)
     if judged:
         console.print(
-            f"\n[dim]real: nothing that is recorded differs and no clock steers the rounds, so this is no noise. p: by "
-            f"sign flips of prompts, adjusted for all cells (step-down max-T); beyond noise: p ≤ {found.level:g}. 95 %: "
+            "\n[dim]real: nothing that is recorded differs and no clock steers the rounds, so this is no noise. p: by sign "
+            f"flips of prompts, adjusted for all cells (step-down max-T); beyond noise: p ≤ {found.level:g}. 95 %: by "
             "bootstrap over prompts. Two runs on one machine may differ in speed by more than their prompts tell.[/]\n"
         )
 
@@ -190,7 +190,7 @@ def show_gate(console: Console, judged: Gate, reference: str, now: str) -> None:
     counts = ", ".join(f"{outcomes.count(one)} {one}" for one in (PASS, FAIL, UNDECIDED) if one in outcomes)
     console.print(f"\n[{_STYLES[judged.outcome]}]{judged.outcome.upper()}[/] ({counts})")
     console.print(
-        f"[dim]Tolerance {judged.tolerance:.1%} of the accepted tokens. fail: identity is lost, or a larger loss is shown "
-        f"at level {judged.level:g} for all cells together; pass: the same rounds, or such a loss is excluded at that "
-        "level. seen from: the loss that fails with 80 % chance.[/]\n"
+        f"[dim]Tolerance {judged.tolerance:.1%} of the accepted tokens. fail: identity is lost, or a larger loss is "
+        f"shown at level {judged.level:g} for all cells together; pass: the same rounds, or such a loss is excluded at "
+        "that level. seen from: the loss that fails with 80 % chance.[/]\n"
     )
