@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from specdec.costs import Costs
 from specdec.drafter import Memory
 from specdec.errors import InputError
 from specdec.policy import Plan, Policy, PolicyRun
-from specdec.proposal import Draw
 from specdec.replay.recording import Recording, Text
 from specdec.replay.rules import Doubts, Rule, View, chain, tree_of
 from specdec.trace import STAGES, Round, Stats, summarize
@@ -71,6 +70,7 @@ class Replayed:
     reasons: tuple[str, ...]
     repetitions: int
     speedup: float | None
+    max_new_tokens: int
 
     @property
     def rounds(self) -> list[Round]:
@@ -240,6 +240,7 @@ def replay(
         reasons=tuple(reasons),
         repetitions=times,
         speedup=_speedup(texts, measured) if measured is not None else None,
+        max_new_tokens=walk.max_new_tokens,
     )
 
 
@@ -315,7 +316,8 @@ def _chance(texts: list[list[Round]], times: int) -> float:
     per_run = len(rounds) / times
     n = len(texts)
     by_text = sum(r * r for r in residuals) / per_run**2 * (n / (n - 1)) if n > 1 else 0.0
-    return _SIGMAS * math.sqrt(2 * max(by_round, by_text))
+    # Where nothing was ever accepted, or always, that is no proof: up to three in so many rounds would not surprise.
+    return max(_SIGMAS * math.sqrt(2 * max(by_round, by_text)), 3.0 / per_run)
 
 
 def _speedup(texts: list[list[Round]], costs: Costs) -> float:
@@ -323,12 +325,3 @@ def _speedup(texts: list[list[Round]], costs: Costs) -> float:
     rounds = [r for text in texts for r in text]
     seconds = sum(sum(r.seconds.values()) for r in rounds)
     return costs.round(0, 0) * sum(r.num_emitted for r in rounds) / seconds if seconds > 0 else 0.0
-
-
-def summary(found: Replayed) -> Mapping[str, Any]:
-    """What replay knows of a setting, as JSON can say it."""
-    stats = found.stats.as_dict()
-    return {**stats, "exact": found.exact, "bound": found.bound, "reasons": list(found.reasons)}
-
-
-__all__ = ["Draw", "Replayed", "costs_of", "read_costs", "replay", "summary"]

@@ -190,13 +190,10 @@ class _Notes:
 
     def _top(self, who: str, log_V: Tensor | None) -> None:
         count = 0 if log_V is None else min(self.top_m, len(log_V))
-        if log_V is None:
-            ids: list[int] = []
-            logs: list[float] = []
-            tail = 0.0
-        else:
+        ids, logs, tail = np.zeros(0, np.int32), np.zeros(0, np.float32), 0.0
+        if log_V is not None:
             top = log_V.topk(count)
-            ids, logs = top.indices.tolist(), top.values.tolist()
+            ids, logs = top.indices.int().cpu().numpy(), top.values.float().cpu().numpy()
             tail = float(log_V.double().exp().index_fill(0, top.indices, 0.0).sum())
         self._row(f"{who}_ids_PM", ids)
         self._row(f"{who}_logp_PM", logs)
@@ -254,11 +251,11 @@ class _Run:
         return found
 
 
-def _without_gaps(rows: list[list[Any]], name: str) -> list[list[Any]]:
+def _without_gaps(rows: list[Array], name: str) -> list[Array]:
     """Where nothing was drafted there is no row either."""
     width = max(len(row) for row in rows)
-    fill: Any = 0 if name.endswith("ids_PM") else -np.inf
-    return [row or [fill] * width for row in rows]
+    fill = np.full(width, 0 if name.endswith("ids_PM") else -np.inf)
+    return [row if len(row) else fill for row in rows]
 
 
 def record(

@@ -161,11 +161,15 @@ class Rule:
         offered = frozenset(Draw(name) for name in recording.meta["draws"])
         draw = made.choose_draw(offered)
         if draw is None:
-            raise IncompatiblePairError(f"the {made.name} verifier takes nothing that {recording.meta['drafter']} draws")
+            raise IncompatiblePairError(
+                f"the {made.name} verifier takes nothing that {recording.meta['drafter']} draws"
+            )
         if not made.lossless:
             raise InputError(f"the {made.name} verifier changes the text, so that no recorded text is its own: run it")
         if made.name == "greedy" and not recording.is_greedy:
-            raise IncompatiblePairError("the greedy verifier is exact at temperature 0 only; record with --temperature 0")
+            raise IncompatiblePairError(
+                "the greedy verifier is exact at temperature 0 only; record with --temperature 0"
+            )
         self.verifier, self.recording = made, recording
         self.draw = Draw.POINT if recording.is_greedy else draw
         #: Whether the text of the same seed is the recorded one.
@@ -174,7 +178,9 @@ class Rule:
         self.is_random = self.draw in (Draw.SAMPLED, Draw.MIXED)
         self.by_block = made.name in _BY_BLOCK
         if self.is_random and made.name not in (*_BY_BLOCK, *_ONE_BY_ONE):
-            raise InputError(f"replay knows no law of acceptance for the {made.name} verifier on sampled tokens: run it")
+            raise InputError(
+                f"replay knows no law of acceptance for the {made.name} verifier on sampled tokens: run it"
+            )
 
     def check_tree(self) -> None:
         """Raise when trees of this rule and drafter cannot be."""
@@ -300,4 +306,3 @@ class Rule:
 
 def chain(depth: int) -> Structure:
     return structure(tuple(range(-1, depth - 1)))
-
