@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from specdec.sweep.setting import Setting
 
 # Depths whose acceptance the table shows.
-_DEPTHS = 5
+_DEPTHS = 3
 
 _EXAMPLES = """\
 examples:
@@ -143,15 +143,15 @@ def _show(console: Console, recording: Recording, made: Sequence[tuple[Setting, 
     from rich.table import Table
 
     meta = recording.meta
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for heading in ("draft", "rule"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("tokens\na round", justify="right")
-    table.add_column("rounds that accept\n1, 2, … or more", no_wrap=True)
-    table.add_column("of\ndrafted", justify="right")
+    table.add_column("tokens\n/ round", justify="right", no_wrap=True)
+    table.add_column("accepting\n1, 2, …", no_wrap=True)
+    table.add_column("of\nall", justify="right", no_wrap=True)
     with_costs = any(not isinstance(found, InputError) and found.speedup is not None for _, found in made)
     if with_costs:
-        table.add_column("predicted\nspeed-up", justify="right")
+        table.add_column("pre-\ndicted", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     notes: dict[str, None] = {}
     for setting, found in made:

@@ -1,4 +1,4 @@
-"""One recorded trace, every setting: `record` a run, `replay` any chain length, tree, policy or rule without a model."""
+"""One recorded trace, every setting: `record` a run, `replay` lengths, trees, policies and rules without a model."""
 
 from specdec.replay.engine import Replayed, replay
 from specdec.replay.recorder import record

@@ -155,8 +155,8 @@ class _Walk:
         if asked < self.recording.depth or view.memory is Memory.PATH:
             return depth
         raise InputError(
-            f"{self.policy.name} asks for {depth} tokens, and the recording is {self.recording.depth} deep: record with "
-            f"--depth {depth}"
+            f"{self.policy.name} asks for {depth} tokens, and the recording is {self.recording.depth} deep: record "
+            f"with --depth {depth}"
         )
 
     def _stop(self, view: View, plan: Plan, at: int, length: int) -> int:
