@@ -11,7 +11,7 @@ from specdec.fit.optimum import RoundCost, num_expanded
 from specdec.planner.costs import grows_trees
 from specdec.planner.evidence import Evidence, usual_trees
 from specdec.planner.predict import Setting
-from specdec.planner.work import Size, Work
+from specdec.planner.work import Seen, Size, Work, survival
 from specdec.policy import Fixed, Policy
 from specdec.replay import Recording, Replayed, replay
 from specdec.trace import Round
@@ -73,9 +73,15 @@ class Traced(Evidence):
         return sum(text.num_tokens for text in self.recording.texts)
 
     def survival(self, k: int) -> list[float]:
-        rounds = self._replayed(Fixed(min(k, self.recording.depth))).rounds
-        deepest = max((round_.depth_proposed for round_ in rounds), default=0)
-        return [sum(r.num_accepted > depth for r in rounds) / len(rounds) for depth in range(max(1, deepest))]
+        k = min(k, self.recording.depth)
+        found = []
+        for text, rounds in zip(self.recording.texts, self._replayed(Fixed(k)).texts, strict=True):
+            at = 0
+            for round_ in rounds:
+                at = 0 if at >= text.num_tokens else at  # another walk over the text
+                found.append((min(k, text.room - at - 1), Seen(round_.num_nodes, round_.num_accepted)))
+                at += round_.num_emitted
+        return survival(found, k)
 
     def _replayed(self, policy: Policy) -> Replayed:
         found = replay(self.recording, policy, self.verifier)

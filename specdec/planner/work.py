@@ -6,9 +6,10 @@ Nothing here runs a model or looks at a clock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import mul
 
 from specdec.errors import InputError
 from specdec.fit.optimum import num_expanded
@@ -118,9 +119,31 @@ def work_of(text: SeenText, k: int) -> Work:
 
 
 def survival_of(texts: Sequence[SeenText], k: int) -> list[float]:
-    """P(accepted at each depth and all before it) over all rounds of length k of these texts."""
-    rounds = [seen for text in texts for seen in recut(text, k)]
-    return [sum(seen.accepted > depth for seen in rounds) / len(rounds) for depth in range(k)] if rounds else []
+    """P(accepted at each depth and all before it) in rounds of length k of these texts."""
+    rounds = []
+    for text in texts:
+        at = 0
+        for seen in recut(text, k):
+            rounds.append((max(0, min(k, text.max_new_tokens - at - 1)), seen))
+            at += seen.accepted + 1
+    return survival(rounds, k)
+
+
+def survival(rounds: Iterable[tuple[int, Seen]], k: int) -> list[float]:
+    """P(accepted at each depth and all before it); each round comes with the length that it was asked for.
+
+    A round that a text's end cut to less than k, and that was accepted to its end, says nothing about what would have
+    followed (Kaplan and Meier, 1958); one that ended because the drafter had no more was not accepted any further.
+    """
+    going, stopped = [0] * k, [0] * k
+    for asked, seen in rounds:
+        for depth in range(min(seen.accepted, k)):
+            going[depth] += 1
+        whole = seen.accepted == seen.proposed and seen.proposed >= asked
+        if seen.accepted < k and not whole:
+            stopped[seen.accepted] += 1
+    shares = [a / (a + b) if a + b else 0.0 for a, b in zip(going, stopped, strict=True)]
+    return list(accumulate(shares, mul))
 
 
 def geometric(acceptance: float, k: int) -> list[float]:
