@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdec.bench.prompts import read_prompts
 from specdec.chance import Chance
-from specdec.drafter import BuildContext, Drafter, ModelRunner, Outcome, Request
+from specdec.drafter import BuildContext, Drafter, Memory, ModelRunner, Outcome, Request
 from specdec.errors import IncompatiblePairError, InputError
 from specdec.growth import Grown, grow
 from specdec.history import History
@@ -194,6 +194,7 @@ class CommonTokens(CrossVocabDrafter):
     draws = frozenset(Draw)
     trees = True
     trusted = True
+    memory = Memory.PATH
     method = "tli"
 
     def _runs(self, model: Any) -> Any:

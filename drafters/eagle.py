@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdec.bench.prompts import read_prompts
 from specdec.chance import Chance
-from specdec.drafter import BuildContext, Drafter, ModelRunner, Outcome, Request
+from specdec.drafter import BuildContext, Drafter, Memory, ModelRunner, Outcome, Request
 from specdec.errors import InputError
 from specdec.formats import eagle as files
 from specdec.growth import grow
@@ -57,6 +57,7 @@ class EagleDrafter(ModelRunner):
     draws = frozenset(Draw)
     trees = True
     trusted = True
+    memory = Memory.TEXT
 
     def __init__(self, head: EagleModel, backend: str | None = None, kv_cache: str | None = None):
         self.head = head

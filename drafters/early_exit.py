@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from specdec.drafter import Memory
 from specdec.errors import IncompatiblePairError, UnsupportedModelError
 from specdec.runtime.backend import Backend
 from specdec.runtime.shared import SharingBackend, SharingDrafter
@@ -33,6 +34,8 @@ class EarlyExitDrafter(SharingDrafter):
 
     Lossless: yes, with every lossless verifier. (LayerSkip: Elhoushi et al., arXiv 2404.16710.)
     """
+
+    memory = Memory.PATH
 
     def __init__(self, exit_layer: int | None = None):
         self.exit_layer = exit_layer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.chance import Chance
-from specdec.drafter import BuildContext, Drafter, Outcome, Request
+from specdec.drafter import BuildContext, Drafter, Memory, Outcome, Request
 from specdec.errors import InputError
 from specdec.formats import medusa as layouts
 from specdec.formats.medusa_heads import MedusaHeads, check_target
@@ -46,6 +46,7 @@ class MedusaDrafter(Drafter):
     draws = frozenset(Draw)
     trees = True
     trusted = True
+    memory = Memory.DEPTH
 
     def __init__(self, target: Any, heads: MedusaHeads, backend: str | None = None):
         check_target(heads.shape, target)

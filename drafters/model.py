@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from specdec.chance import Chance
-from specdec.drafter import BuildContext, Drafter, ModelRunner, Outcome, Request
+from specdec.drafter import BuildContext, Drafter, Memory, ModelRunner, Outcome, Request
 from specdec.errors import InputError
 from specdec.growth import Grown, grow
 from specdec.loading import load_model
@@ -61,6 +61,7 @@ class ModelDrafter(ModelRunner):
     trees = True
     trusted = True
     quantizes = True
+    memory = Memory.PATH
     _ids_R: Tensor | None = None  # of a draft vocabulary
 
     def __init__(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from specdec.chance import Chance
-from specdec.drafter import Drafter, Outcome, Request
+from specdec.drafter import Drafter, Memory, Outcome, Request
 from specdec.errors import InputError
 from specdec.policy import Plan
 from specdec.proposal import Proposal
@@ -30,6 +30,8 @@ class NgramDrafter(Drafter):
 
     Lossless: yes, with every lossless verifier: the proposal is a point mass.
     """
+
+    memory = Memory.TEXT
 
     def __init__(self, max_ngram: int = 4, min_ngram: int = 1, match: str = "newest"):
         if not 1 <= min_ngram <= max_ngram:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from specdec.chance import Chance
-from specdec.drafter import Drafter, Outcome, Request
+from specdec.drafter import Drafter, Memory, Outcome, Request
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
 
@@ -13,6 +13,7 @@ class NoDrafter(Drafter):
 
     draws = frozenset(Draw)
     trees = True
+    memory = Memory.PATH
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.chance import Chance
-from specdec.drafter import BuildContext, Drafter, Outcome, Request
+from specdec.drafter import BuildContext, Drafter, Memory, Outcome, Request
 from specdec.errors import InputError
 from specdec.formats import dflash as files
 from specdec.formats.dflash_check import check_convention
@@ -73,6 +73,7 @@ class ParallelDrafter(Drafter):
     draws = frozenset(Draw)
     trees = True
     trusted = True
+    memory = Memory.DEPTH
 
     def __init__(self, network: ParallelNetwork):
         self.network = network

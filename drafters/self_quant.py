@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from specdec.drafter import Memory
 from specdec.errors import IncompatiblePairError
 from specdec.quant.recipe import Recipe
 from specdec.runtime.backend import Backend
@@ -34,6 +35,8 @@ class SelfQuantDrafter(SharingDrafter):
     Lossless: yes, with every lossless verifier; how the draft rounds costs acceptance only. (Self-speculation on
     quantised weights and shared keys and values: QuantSpec, Tiwari et al., arXiv 2502.10424.)
     """
+
+    memory = Memory.TEXT
 
     def __init__(self, scheme: Any = "int8"):
         self.recipe = Recipe.of(scheme)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.chance import Chance
-from specdec.drafter import BuildContext, Drafter, Outcome, Request
+from specdec.drafter import BuildContext, Drafter, Memory, Outcome, Request
 from specdec.errors import InputError
 from specdec.policy import Plan
 from specdec.proposal import Proposal
@@ -117,6 +117,8 @@ class SuffixDrafter(Drafter):
 
     Lossless: yes, with every lossless verifier: the proposal is a point mass.
     """
+
+    memory = Memory.TEXT
 
     def __init__(
         self,

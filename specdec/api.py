@@ -101,10 +101,11 @@ class SpeculativeDecoder:
                 f"the {verifier.name} verifier cannot take {what} from the {drafter.name} drafter; "
                 f"these can: {', '.join(fitting_verifiers(drafter, policy))}"
             )
-        if drafter.hidden and not self.backend.capabilities.hidden_states:
+        lacking = self.backend.capabilities.lacks(trees=policy.branches, hidden=drafter.hidden)
+        if lacking is not None:
             raise IncompatiblePairError(
-                f"the {drafter.name} drafter reads hidden states of the target, which this backend does not give; "
-                "use backend='eager', or another drafter"
+                f"the {drafter.name} drafter with policy {policy.name} wants more than there is: the target's backend "
+                f"({self.backend.describes}) {lacking}; use backend='eager', or another drafter or policy"
             )
         if policy.branches and not drafter.trees:
             raise IncompatiblePairError(f"the {drafter.name} drafter proposes chains; policy {policy.name} wants trees")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,6 +74,17 @@ class BuildContext:
     quantize: Any = None  # a recipe, or the name of one or of a format, for the weights of its own models
 
 
+class Memory(Enum):
+    """What proposals depend on, chance aside. It decides what a recorded trace tells of other settings."""
+
+    ROUNDS = "rounds"  # earlier rounds too: nothing is promised
+    TEXT = "text"  # the committed text alone, and a chain begins as a longer one of the same text does
+    #: As `TEXT`, and a node's children are those that the root would have if the path to the node were text.
+    PATH = "path"
+    #: As `TEXT`, and the nodes of one depth all choose from the same row.
+    DEPTH = "depth"
+
+
 #: How a session that holds a prompt gets its keys and values.
 Prefill = Callable[[Session], Steps[None]]
 
@@ -93,6 +105,8 @@ class Drafter(ABC):
     #: Hidden states of the target that it reads in `request.features`, by their index in `transformers`'
     #: `hidden_states`: 0 the embeddings, i the input of layer i, the number of layers the last, after the final norm.
     hidden: tuple[int, ...] = ()
+    #: What its proposals depend on, see `Memory`.
+    memory: ClassVar[Memory] = Memory.ROUNDS
     #: Whether `build` loads a whole model, whose weights are then stored as `context.quantize` says.
     quantizes: ClassVar[bool] = False
     #: Whether it drafts on the target's own slots, see `target_backend`.
@@ -180,7 +194,7 @@ class WrappedDrafter(ModelRunner):
         self.inner = inner
         self.hidden = inner.hidden
         self.draws, self.trees, self.trusted = inner.draws, inner.trees, inner.trusted  # type: ignore[misc]
-        self.shares_target = inner.shares_target  # type: ignore[misc]
+        self.shares_target, self.memory = inner.shares_target, inner.memory  # type: ignore[misc]
 
     @property
     def name(self) -> str:

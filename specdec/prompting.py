@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from specdec.chat import Chat
 from specdec.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
             raise InputError("a text prompt needs a tokenizer; pass tokenizer=, or give token ids")
         if isinstance(prompt, str):
             return list(tokenizer(prompt)["input_ids"])
-        if not getattr(tokenizer, "chat_template", None):
-            raise InputError("the tokenizer has no chat template; give the prompt as a string")
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        return list(ids["input_ids"])
+        return Chat().encode(tokenizer, prompt)  # type: ignore[arg-type]
     if not all(isinstance(token, int) for token in prompt):
         raise InputError(
             "a prompt is one string, one list of token ids, a 1-D tensor, or chat messages; "

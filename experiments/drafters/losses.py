@@ -1,6 +1,6 @@
 """Which loss helps the embedded draft, and does its own text? Each setting goes on from the shipped draft.
 
-    python experiments/drafters/losses.py --out runs/losses            at most a quarter of an hour on one core
+    python experiments/drafters/losses.py --out runs/losses            about twenty minutes on one core, 14 settings
     python experiments/drafters/losses.py --out runs/losses --steps 60 longer, and comparable only with itself
 
 Every setting sees the same rows in the same order for the same number of steps, so the machine's load changes the time
@@ -22,6 +22,7 @@ from rich.console import Console
 from specdec.loading import EMBEDDED, load_model, load_tokenizer
 from specdec.train import provenance, stdlib
 from specdec.train.data import TrainingData, packed
+from specdec.train.losses import LOSSES
 from specdec.train.objective import create
 from specdec.train.progress import Progress
 from specdec.train.selfgen import SelfGeneration, self_generated
@@ -29,7 +30,6 @@ from specdec.train.settings import Report, Settings
 from specdec.train.trainer import train
 
 LENGTH, BATCH, K = 128, 8, 5
-LOSSES = ("fkl", "rkl", "jsd", "tv", "lk")
 # (loss, share of on-policy rows)
 SETTINGS = [(loss, share) for share in (0.0, 0.5) for loss in LOSSES]
 

@@ -83,9 +83,11 @@ def _step(session: Session, width: int) -> Step:
 
 
 def forwards(
-    decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int]
+    decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int], draft_width: int = 1
 ) -> tuple[dict[tuple[str, int], Callable[[], object]], int]:
     """Bare forwards behind `text` (token ids), by ("target", width) and ("draft", 1), and the tokens cached meanwhile.
+
+    `draft_width`: rows of the draft's step, which is called ("draft", 1) all the same.
 
     Each call computes the same step again. Widths beyond the context are left out.
     """
@@ -100,7 +102,7 @@ def forwards(
         calls["target", width] = lambda step=step: task.target.backend.forward(step)  # type: ignore[misc]
     for session in drafting[:1]:
         session.prefill()
-        own = _step(session, 1)
+        own = _step(session, draft_width)
         calls["draft", 1] = lambda session=session, own=own: session.backend.forward(own)  # type: ignore[misc]
     return calls, task.target.num_cached
 
@@ -121,9 +123,13 @@ def collect(seconds: Mapping[tuple[str, int], Sequence[float]], length: int) -> 
     return BareCosts(target, medians.get(("draft", 1), 0.0), length)
 
 
-def measure(decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int]) -> BareCosts:
-    """Time bare forwards behind `text` (token ids): every width once per repetition, the draft between them."""
-    calls, length = forwards(decoder, text, widths)
+def measure(decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[int], batch: int = 1) -> BareCosts:
+    """Time bare forwards behind `text` (token ids): every width once per repetition, the draft between them.
+
+    `batch`: so many texts decode together. Then each step has the rows of all of them, and what is returned is one
+    text's share of its seconds. (All rows stand behind one text here: attention to many caches costs a little more.)
+    """
+    calls, length = forwards(decoder, text, [width * batch for width in widths], batch)
     device = decoder.backend.capabilities.device
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
     began = time.perf_counter()
@@ -133,5 +139,5 @@ def measure(decoder: SpeculativeDecoder, text: Sequence[int], widths: Sequence[i
         for key, call in calls.items():
             taken = timed(call, device)
             if repetition:  # the first one warms up
-                seconds[key].append(taken)
-    return collect(seconds, length)
+                seconds[key].append(taken / batch)
+    return collect({(what, max(1, width // batch)): values for (what, width), values in seconds.items()}, length)

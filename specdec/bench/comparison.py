@@ -1,6 +1,7 @@
 """What a comparison of plain and speculative decoding measured, and what that says.
 
-Every time here is the wall time of a whole call, prefill included, for us and for every baseline alike.
+Every time here is the wall time of a whole call, for us and for every baseline alike: prefill included, unless prompts
+were prefilled before and forked for all methods (`specdec sweep`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from specdec.bench import bare
 from specdec.bench.baselines import Baseline
 from specdec.bench.divergence import Divergence
+from specdec.bench.prompts import turn_id
 from specdec.bench.timing import MAX_OTHERS, Interval, bootstrap
 from specdec.trace import STAGES, Stats, summarize
 
@@ -24,7 +26,10 @@ PLAIN, SPECULATIVE = "plain", "speculative"
 
 @dataclass(frozen=True)
 class Timed:
-    """One text by one method. `generation` is None for baselines."""
+    """One text by one method. `generation` is None for baselines.
+
+    `seconds`: of texts that were decoded together, this one's share by tokens; so each has the rate of all of them.
+    """
 
     tokens: tuple[int, ...]
     seconds: float
@@ -38,12 +43,19 @@ class Timed:
 
 @dataclass
 class Row:
-    """One prompt: `runs[method][repetition]`, and what explains a difference."""
+    """One turn of one prompt: `runs[method][repetition]`, and what explains a difference."""
 
     prompt: Prompt
     num_prompt_tokens: int
     runs: dict[str, list[Timed]] = field(default_factory=dict)
     divergence: Divergence | None = None
+    turn: int = 1
+    num_cut: int = 0  # tokens of the prompt that were cut off in front
+    group: int | None = None  # rows of one group were decoded together; None: alone
+
+    @property
+    def id(self) -> str:
+        return turn_id(self.prompt, self.turn)
 
     def identical(self, method: str) -> bool:
         """Whether every repetition gave the plain loop's tokens."""
@@ -59,26 +71,33 @@ class Row:
         made = [run.generation for run in self.runs[method] if run.generation is not None]
         return [r for generation in made for r in generation.trace.rounds]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, timed: bool = True) -> dict[str, Any]:
+        """Without figures of speed (None in their place) unless `timed`."""
+
         def rate(method: str) -> float:
             return statistics.median(run.tokens_per_second for run in self.runs[method])
 
+        seconds = {method: [run.seconds for run in runs] for method, runs in self.runs.items()}
         return {
-            "id": self.prompt.id,
+            "id": self.id,
+            "question": self.prompt.id,
+            "turn": self.turn,
             "category": self.prompt.category,
             "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cut_tokens": self.num_cut,
             "num_tokens": len(self.runs[SPECULATIVE][0].tokens),
+            "tokens": {method: [len(run.tokens) for run in runs] for method, runs in self.runs.items()},
             "identical": self.identical(SPECULATIVE),
-            "speedup": statistics.median(self.ratios(SPECULATIVE, PLAIN)),
-            "tokens_per_second": {method: rate(method) for method in self.runs},
-            "seconds": {method: [run.seconds for run in runs] for method, runs in self.runs.items()},
+            "speedup": statistics.median(self.ratios(SPECULATIVE, PLAIN)) if timed else None,
+            "tokens_per_second": {method: rate(method) for method in self.runs} if timed else None,
+            "seconds": seconds if timed else None,
             "mean_acceptance_length": summarize(self.rounds(), 0).mean_acceptance_length,
         }
 
 
 @dataclass
 class Comparison:
-    """Everything that was measured; every number derives from `rows` and `costs`."""
+    """Everything that was measured; every number derives from `rows` and `costs`. `timed`: whether time was."""
 
     rows: list[Row]
     baselines: list[Baseline]
@@ -89,14 +108,23 @@ class Comparison:
     num_clean: int
     watching: bool
     peak_memory: dict[str, int]
+    timed: bool = True
+
+    @property
+    def _calls(self) -> list[Row]:
+        """One row of every group: what was decoded together was timed once."""
+        first: dict[Any, Row] = {}
+        for number, row in enumerate(self.rows):
+            first.setdefault(("alone", number) if row.group is None else row.group, row)
+        return list(first.values())
 
     def rate(self, method: str) -> Interval:
         """Tokens per second over all prompts and repetitions."""
-        return bootstrap([[run.tokens_per_second for run in row.runs[method]] for row in self.rows])
+        return bootstrap([[run.tokens_per_second for run in row.runs[method]] for row in self._calls])
 
     def ratio(self, method: str, other: str) -> Interval:
-        """Median of the paired ratios: the same prompt, one after the other."""
-        return bootstrap([row.ratios(method, other) for row in self.rows])
+        """Median of the paired ratios: the same prompt, or prompts decoded together, one after the other."""
+        return bootstrap([row.ratios(method, other) for row in self._calls])
 
     def num_identical(self, method: str = SPECULATIVE) -> int:
         return sum(row.identical(method) for row in self.rows)
@@ -146,34 +174,44 @@ class Comparison:
             "plain_over_it": self.ratio(PLAIN, baseline.name).as_dict(),
         }
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields of `specdec compare --json`, but for those that describe the set-up."""
-        stats = self.stats()
-        taken = stats.as_dict()
-        seconds = taken.pop("seconds")
+    def _speed(self) -> dict[str, Any]:
         plain = self.stats(PLAIN)
         return {
-            "prompts": len(self.rows),
-            "repetitions": self.repetitions,
-            "identical": self.num_identical(),
-            "expects_identity": self.expects_identity,
-            "divergences": [{"id": row.prompt.id, **divergence.as_dict()} for row, divergence in self.divergences],
             "plain": {"tokens_per_second": self.rate(PLAIN).as_dict(), "seconds": plain.seconds},
             "speculative": {"tokens_per_second": self.rate(SPECULATIVE).as_dict()},
             "speedup": {**self.ratio(SPECULATIVE, PLAIN).as_dict(), "baseline": "plain loop"},
             "ideal_speedup": self.ideal_speedup,
             "efficiency": self.efficiency,
-            "stats": taken,
-            "seconds": {stage: seconds[stage] for stage in STAGES},
             "bare_seconds": {
                 "target": {str(width): value for width, value in self.costs.target.items()},
                 "draft": self.costs.draft,
                 "cached_tokens": self.costs.length,
             },
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields of `specdec compare --json`, but for those that describe the set-up.
+
+        Figures of speed are None when no time was measured.
+        """
+        stats = self.stats()
+        taken = stats.as_dict()
+        seconds = taken.pop("seconds")
+        names = ("plain", "speculative", "speedup", "ideal_speedup", "efficiency", "bare_seconds")
+        speed = self._speed() if self.timed else dict.fromkeys(names)
+        return {
+            "prompts": len(self.rows),
+            "repetitions": self.repetitions,
+            "identical": self.num_identical(),
+            "expects_identity": self.expects_identity,
+            "divergences": [{"id": row.id, **divergence.as_dict()} for row, divergence in self.divergences],
+            **speed,
+            "stats": taken,
+            "seconds": {stage: seconds[stage] for stage in STAGES} if self.timed else None,
             "peak_memory_bytes": self.peak_memory,
             "slices": self.num_slices,
             "clean_slices": self.num_clean,
             "clean_means": f"other processes used at most {MAX_OTHERS:.0%} of one core" if self.watching else "unknown",
             "baselines": {baseline.name: self._baseline(baseline) for baseline in self.baselines},
-            "rows": [row.as_dict() for row in self.rows],
+            "rows": [row.as_dict(self.timed) for row in self.rows],
         }

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.cli import options, screen
+from specdec.cli import options, prompt_options, screen
 from specdec.errors import InputError
 
 if TYPE_CHECKING:
@@ -148,12 +148,13 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = read_prompt(arguments)
     screen.quiet(arguments)
     decoder = options.build_decoder(arguments)
-    text = [{"role": "user", "content": prompt}] if arguments.chat else prompt
+    chat = prompt_options.chat(arguments)
+    text = chat.encode(decoder.tokenizer, [{"role": "user", "content": prompt}]) if chat is not None else prompt
     stream = decoder.stream(text, **options.generation_options(arguments))
     task = stream.task
     out, err = screen.consoles()
     colours = Colours(out, decoder.tokenizer, list(task.request.prompt)) if arguments.show_origin else None
-    if not arguments.chat:
+    if chat is None:
         sys.stdout.write(prompt)
     started = time.perf_counter()
     try:

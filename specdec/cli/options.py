@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specdec.cli import prompt_options
 from specdec.errors import InputError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def add_text_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> No
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
     group.add_argument("--seed", type=int, default=0, metavar="S")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    group.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
+    prompt_options.add_chat_options(group)
 
 
 def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -62,15 +62,15 @@ def use_threads(number: int | None) -> None:
     torch.set_num_threads(number)
 
 
-def check_writable(path: str | None) -> None:
+def check_writable(path: str | None, option: str = "--json") -> None:
     """Fail before the work, not after it."""
     if path is None:
         return
     folder = Path(path).resolve().parent
     if Path(path).is_dir():
-        raise InputError(f"--json {path}: is a folder")
+        raise InputError(f"{option} {path}: is a folder")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"--json {path}: cannot write into {folder}")
+        raise InputError(f"{option} {path}: cannot write into {folder}")
 
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:

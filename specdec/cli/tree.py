@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.cli import options, screen
+from specdec.cli import options, prompt_options, screen
 from specdec.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--nodes", type=int, default=64, metavar="N", help="at most (default: 64)")
     group.add_argument("--depth", type=int, default=6, metavar="D", help="levels that are measured (default: 6)")
     group.add_argument("--ranks", type=int, default=8, metavar="R", help="children that are measured (default: 8)")
-    group.add_argument("--prompts", metavar="FILE", help="as for compare (default: built-in beginnings of source)")
-    group.add_argument("--limit", type=int, default=6, metavar="N", help="prompts (default: 6)")
+    prompt_options.add_prompt_options(group, limit=6)
     options.add_text_options(parser, max_new_tokens=64)
     options.add_method_options(parser)
     options.add_model_options(parser)
@@ -59,15 +58,17 @@ def _check(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     screen.quiet(arguments)
-    from specdec.bench.prompts import read_prompts
     from specdec.cli.compare import progress_bar
     from specdec.fit.fitting import fit, num_texts
 
-    prompts = [prompt.text for prompt in read_prompts(arguments.prompts, arguments.limit)]
+    chosen = prompt_options.selection(arguments)
+    found = chosen.read()
     decoder = options.build_decoder(arguments, prefix_cache=0)
     out, err = screen.consoles()
-    screen.warm_up(decoder, err)
     texts = options.generation_options(arguments)
+    chosen.check(decoder, found.prompts, texts)
+    screen.warm_up(decoder, err)
+    prompts = [list(one.ids) for one in prompt_options.encode(chosen, found, decoder, texts, err)]
     total, done = num_texts(len(prompts), arguments.depth, arguments.nodes), 0
     with progress_bar(err, "fitting") as progress:
 

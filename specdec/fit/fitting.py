@@ -19,7 +19,7 @@ _COST_PROMPTS, _REPETITIONS = 2, 2
 
 def num_texts(num_prompts: int, depth: int, nodes: int) -> int:
     """Calls of `tick` that a fit makes."""
-    return num_prompts + len(probes(depth, nodes)) * min(_COST_PROMPTS, num_prompts) * _REPETITIONS
+    return num_prompts + (1 + len(probes(depth, nodes))) * min(_COST_PROMPTS, num_prompts) * _REPETITIONS
 
 
 def fit(

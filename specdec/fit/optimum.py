@@ -5,7 +5,7 @@ Shape suffixes: D depths, R ranks, M nodes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,19 +16,40 @@ from specdec.tree import structure
 
 @dataclass(frozen=True)
 class RoundCost:
-    """Seconds of a round: a verification by its rows, `level` for each level drafted, `node` for each node expanded,
-    and `other`."""
+    """Seconds of a round: a verification by its rows; drafting, which is `start`, and `level` for each level, and
+    `node` for each node expanded; `other`, the rest.
 
-    verify: dict[int, float] = field(default_factory=lambda: {1: 1.0})
+    `empty`: of a drafter that proposes nothing. `plain`: the rest of a plain round (None: as of the others).
+    """
+
+    verify: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     level: float = 0.0
     node: float = 0.0
     other: float = 0.0
+    start: float = 0.0
+    empty: float = 0.0
+    plain: float | None = None
+
+    def drafting(self, levels: int, expanded: int) -> float:
+        return self.start + self.level * levels + self.node * expanded if levels else self.empty
+
+    def round(self, nodes: int, levels: int, expanded: int) -> float:
+        """Of a round with a drafter."""
+        return cost_at(self.verify, nodes + 1) + self.drafting(levels, expanded) + self.other
+
+    def plain_round(self) -> float:
+        return cost_at(self.verify, 1) + (self.other if self.plain is None else self.plain)
 
     def seconds(self, parents: Sequence[int]) -> float:
         """Of a round with this tree; the empty one is a plain step."""
-        expanded = len({parent for parent in parents if parent >= 0}) + bool(parents)
-        drafting = self.level * structure(tuple(parents)).max_depth + self.node * expanded
-        return cost_at(self.verify, len(parents) + 1) + drafting + self.other
+        if not parents:
+            return self.plain_round()
+        return self.round(len(parents), structure(tuple(parents)).max_depth, num_expanded(parents))
+
+
+def num_expanded(parents: Sequence[int]) -> int:
+    """Nodes that have children, the root included."""
+    return len(set(parents))
 
 
 def expected_tokens(parents: Sequence[int], accept_DR: np.ndarray) -> float:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,14 @@ class RankTable:
 
     reached: tuple[int, ...]
     accepted: tuple[tuple[int, ...], ...]
+
+    def __add__(self, other: RankTable) -> RankTable:
+        """Both texts' counts."""
+        pairs = zip(self.accepted, other.accepted, strict=True)
+        return RankTable(
+            tuple(a + b for a, b in zip(self.reached, other.reached, strict=True)),
+            tuple(tuple(a + b for a, b in zip(mine, theirs, strict=True)) for mine, theirs in pairs),
+        )
 
     def probabilities(self) -> np.ndarray:
         """`[D, R]` float64, pulled to the depth before by two observations' worth.
@@ -91,6 +101,32 @@ class _Counter:
             node = accepted
 
 
+def rank_tables(
+    decoder: Any,
+    prompts: Sequence[Any],
+    depth: int = 6,
+    ranks: int = 8,
+    tick: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> tuple[list[RankTable], list[Round]]:
+    """Decode each prompt with a comb of `depth` levels and `ranks` children; a table for each, and the rounds' records.
+
+    `options` go to `decoder.generate`. Raises `InputError` for a drafter that proposes chains only.
+    """
+    if not decoder.drafter.trees:
+        raise InputError(f"the {decoder.drafter.name} drafter proposes chains: there is no tree to fit")
+    policy = StaticTree(comb(depth, ranks))
+    tables: list[RankTable] = []
+    rounds: list[Round] = []
+    for prompt in prompts:
+        count = _Counter(depth, ranks)
+        watching = _Watching(decoder.drafter, count)
+        rounds += decoder.generate(prompt, drafter=watching, policy=policy, **options).trace.rounds
+        tables.append(RankTable(tuple(map(int, count.reached)), tuple(tuple(map(int, row)) for row in count.accepted)))
+        tick()
+    return tables, rounds
+
+
 def measure_ranks(
     decoder: Any,
     prompts: Sequence[Any],
@@ -99,20 +135,9 @@ def measure_ranks(
     tick: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> tuple[RankTable, list[Round]]:
-    """Decode the prompts with a comb of `depth` levels and `ranks` children; the table, and the rounds' records.
-
-    `options` go to `decoder.generate`. Raises `InputError` for a drafter that proposes chains only.
-    """
-    if not decoder.drafter.trees:
-        raise InputError(f"the {decoder.drafter.name} drafter proposes chains: there is no tree to fit")
-    count = _Counter(depth, ranks)
-    watching = _Watching(decoder.drafter, count)
-    policy = StaticTree(comb(depth, ranks))
-    rounds: list[Round] = []
-    for prompt in prompts:
-        rounds += decoder.generate(prompt, drafter=watching, policy=policy, **options).trace.rounds
-        tick()
-    if not count.reached.any():
+    """As `rank_tables`, one table of all prompts. Raises `InputError` also where nothing was proposed on any."""
+    tables, rounds = rank_tables(decoder, prompts, depth, ranks, tick, **options)
+    table = reduce(add, tables)
+    if not any(table.reached):
         raise InputError(f"the {decoder.drafter.name} drafter proposed nothing on these prompts")
-    table = RankTable(tuple(map(int, count.reached)), tuple(tuple(map(int, row)) for row in count.accepted))
     return table, rounds

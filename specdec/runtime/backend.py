@@ -27,10 +27,21 @@ class Capabilities:
     context: int  # positions
     device: torch.device
     dtype: torch.dtype
-    trees: bool = True
-    hidden_states: bool = True
-    widths: tuple[int, ...] | None = None  # None: any number of rows
+    trees: bool = True  # whether rows may see any earlier rows of a step, or only all of them
+    hidden: tuple[int, ...] | None = None  # the hidden states that steps may ask for; None: any, (): none
+    widths: tuple[int, ...] | None = None  # rows of its graphs: wider steps run in several. None: any number of rows
     input_width: int = 0  # of what each row reads besides its token; 0: nothing
+
+
+    def lacks(self, *, trees: bool = False, hidden: Sequence[int] = ()) -> str | None:
+        """What is wanted and not there, in a few words; None when all is."""
+        if trees and not self.trees:
+            return "verifies chains only"
+        missing = [] if self.hidden is None else [i for i in hidden if i not in self.hidden]
+        if missing:
+            given = f"gives {', '.join(map(str, self.hidden))} only" if self.hidden else "gives none"
+            return f"does not give hidden state {missing[0]} of the target ({given})"
+        return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,7 +99,7 @@ class SplitBackend(SharingBackend):
     def __init__(self, exit_layer: int, lower: Backend, upper: Backend):
         self.exit_layer, self.lower, self.upper = exit_layer, lower, upper
         self.draft_hidden = (exit_layer,)
-        self._capabilities = replace(upper.capabilities, hidden_states=False)
+        self._capabilities = replace(upper.capabilities, hidden=())
         self._drafted: _Drafted | None = None
         self._ready: tuple[Step, Tensor] | None = None  # a step, and the exit states of its rows
 

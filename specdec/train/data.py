@@ -113,7 +113,7 @@ def read_texts(path: Path) -> list[str]:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"--data {path}: {reason}") from error
     if path.suffix in (".jsonl", ".ndjson"):
-        return [row.text for row in read_prompts(path)]
+        return [row.document for row in read_prompts(path)]
     return cut(content)
 
 

@@ -29,7 +29,10 @@ def test_built_in_prompts():
     [
         ({"id": "a", "category": "c", "text": "t"}, Prompt("a", "t", "c")),
         ({"prompt": "p", "task_id": "H/1"}, Prompt("H/1", "p")),
-        ({"question_id": 81, "category": "writing", "turns": ["one", "two"]}, Prompt("81", "one", "writing")),
+        (
+            {"question_id": 81, "category": "writing", "turns": ["one", "two"]},
+            Prompt("81", "one", "writing", ("one", "two")),
+        ),
         ({"question": "q?", "answer": "a"}, Prompt("1", "q?")),
     ],
 )

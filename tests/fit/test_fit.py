@@ -17,14 +17,14 @@ from specdec.drafters import ModelDrafter, NgramDrafter
 
 import specdec
 from specdec.cli import main
+from specdec.costs import cost_at
 from specdec.errors import InputError, PolicyWarning
 from specdec.fit import FittedTree, RankTable, TreePlan, best_tree, expected_tokens, measure_ranks
-from specdec.fit.costs import fit_costs, probes
+from specdec.fit.costs import Sample, TimedText, fit_costs, probes
 from specdec.fit.optimum import RoundCost
 from specdec.fit.plan import circumstances
 from specdec.fit.ranks import comb, falling
 from specdec.policy import Fixed
-from specdec.trace import Round
 from specdec.tree import structure
 
 
@@ -108,23 +108,38 @@ def test_probabilities_are_pulled_to_the_depth_before() -> None:
     assert rows[1] == pytest.approx(rows[0])
 
 
-def _round(nodes: int, levels: int, draft: float, verify: float) -> Round:
-    seconds = {"prefill": 0.0, "draft": draft, "verify": verify, "commit": 0.01, "other": 0.02}
-    return Round(num_nodes=nodes, depth_proposed=levels, seconds=seconds)
+def timed(*rounds: Sample) -> TimedText:
+    """The first round of a text does not count."""
+    return TimedText("probe", 4, 1.0, (Sample(9, 9, 9, 99.0, 99.0, 99.0), *rounds))
 
 
 def test_costs_are_told_apart() -> None:
-    rounds, expanded = [], []
-    for nodes, levels, opened in ((0, 0, 0), (3, 3, 3), (8, 2, 3), (16, 4, 9), (6, 6, 6)):
-        for _ in range(3):
-            rounds.append(_round(nodes, levels, 0.2 * levels + 0.05 * opened, 1 + 0.1 * nodes))
-            expanded.append(opened)
-    costs = fit_costs(rounds, expanded)
-    assert costs.level == pytest.approx(0.2)
-    assert costs.node == pytest.approx(0.05)
-    assert costs.other == pytest.approx(0.03)
-    assert costs.verify == pytest.approx({1: 1.0, 4: 1.3, 9: 1.8, 17: 2.6, 7: 1.6})
+    texts = [timed(*[Sample(0, -1, 0, 0.0, 1.0, 0.02)] * 3), timed(*[Sample(0, 0, 0, 0.004, 1.0, 0.03)] * 3)]
+    for nodes, levels, opened in ((3, 3, 3), (8, 2, 3), (16, 4, 9), (6, 6, 6)):
+        sample = Sample(nodes, levels, opened, 0.1 + 0.2 * levels + 0.05 * opened, 1 + 0.1 * nodes, 0.03)
+        texts += [timed(sample, sample), timed(sample)]
+    costs = fit_costs(texts)
+    assert (costs.start, costs.level, costs.node) == pytest.approx((0.1, 0.2, 0.05))
+    assert (costs.other, costs.plain, costs.empty) == (0.03, 0.02, 0.004)
+    assert costs.verify == pytest.approx({1: 1.0, 4: 1.3, 7: 1.6, 9: 1.8, 17: 2.6})
+    assert costs.seconds(()) == pytest.approx(1.02)
+    assert costs.round(0, 0, 0) == pytest.approx(1.034)
+    assert costs.seconds((-1, -1, 0)) == pytest.approx(cost_at(costs.verify, 4) + 0.1 + 2 * 0.2 + 2 * 0.05 + 0.03)
     assert len(probes(6, 64)) > 6
+
+
+def test_a_width_that_was_seen_once_says_nothing() -> None:
+    texts = [timed(*[Sample(2, 2, 2, 0.2, 1.0, 0.0)] * 3, Sample(1, 1, 1, 9.0, 9.0, 0.0))]
+    costs = fit_costs(texts)
+    assert costs.verify == {3: 1.0}
+    assert costs.level == pytest.approx(0.1)
+    assert fit_costs([timed(Sample(1, 1, 1, 9.0, 9.0, 0.0))]).verify == {2: 9.0}  # better than nothing
+
+
+def test_drafting_that_does_not_grow_has_no_levels() -> None:
+    texts = [timed(*[Sample(k, k, k, 0.3, 1.0, 0.0)] * 3) for k in (1, 2, 4, 8)]
+    costs = fit_costs(texts)
+    assert (costs.start, costs.level, costs.node) == pytest.approx((0.3, 0.0, 0.0))
 
 
 @pytest.fixture
@@ -202,4 +217,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_texts_of_one_round_say_nothing_about_costs() -> None:
     with pytest.raises(InputError, match="raise max_new_tokens"):
-        fit_costs([], [])
+        fit_costs([timed()])

@@ -1,0 +1,60 @@
+"""Several processes at work on one store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from specdec.sweep.engine import Engine, Run, sweep
+from specdec.sweep.setting import Setting
+from specdec.sweep.store import Store
+
+_POLL = 0.5
+
+
+def work(path: str, cells: Mapping[str, Mapping[str, Any]], run: Run, retry_failed: bool, parent: int) -> None:
+    """One process: cells of the store until none is left, or until the process that started this one is gone."""
+    settings = {key: Setting.of(content) for key, content in cells.items()}
+    with Store(path) as store:
+        sweep(store, settings, Engine(run), retry_failed=retry_failed, going=lambda: os.getppid() == parent)
+
+
+def run_jobs(
+    store: Store,
+    cells: Mapping[str, Setting],
+    run: Run,
+    num_jobs: int,
+    *,
+    retry_failed: bool = False,
+    watching: Callable[[], None] = lambda: None,
+    target: Callable[..., None] = work,
+) -> None:
+    """Work on `cells` in `num_jobs` processes until they are done; `watching` is called now and then.
+
+    What a process leaves unfinished because it dies is taken over by the others.
+    """
+    assert store.path is not None
+    store.want((key, setting.as_dict()) for key, setting in cells.items())
+    contents = {key: setting.as_dict() for key, setting in cells.items()}
+    run = replace(run, alone=num_jobs == 1)
+    # Not forked: threads of torch do not survive that.
+    context = multiprocessing.get_context("spawn")
+    arguments = (str(store.path), contents, run, retry_failed, os.getpid())
+    processes = [context.Process(target=target, args=arguments, daemon=True) for _ in range(num_jobs)]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            time.sleep(_POLL)
+            watching()
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for process in processes:
+            process.join()
