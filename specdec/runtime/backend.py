@@ -32,7 +32,6 @@ class Capabilities:
     widths: tuple[int, ...] | None = None  # rows of its graphs: wider steps run in several. None: any number of rows
     input_width: int = 0  # of what each row reads besides its token; 0: nothing
 
-
     def lacks(self, *, trees: bool = False, hidden: Sequence[int] = ()) -> str | None:
         """What is wanted and not there, in a few words; None when all is."""
         if trees and not self.trees:

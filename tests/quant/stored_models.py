@@ -18,6 +18,8 @@ FORMATS = (
     "mxfp6_e2m3",
     "mxfp6_e3m2",
     "mxfp4",
+    "mxfp4-a8",
+    "int4-a8",
     "mxint8",
     "int8",
     "int4",
