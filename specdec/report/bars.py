@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from specdec.report.charts import BOTTOM, WIDTH, Markup, Scale, figure, linear, mark, svg
-from specdec.report.markup import el, number
+from specdec.report.charts import BOTTOM, WIDTH, Scale, figure, linear, mark, svg
+from specdec.report.markup import Markup, el, number
 from specdec.report.panels import grid
 from specdec.report.view import Cell, View
 from specdec.trace import STAGES
@@ -75,14 +75,14 @@ def _per_round(rows: Sequence[Mapping[str, Any]]) -> float | None:
     rounds = [row.get("rounds") or {} for row in rows]
     if all(r.get("accepted") for r in rounds):
         accepted = [a for r in rounds for a in r["accepted"]]
-        return 1 + sum(accepted) / len(accepted)
+        return 1 + float(sum(accepted)) / len(accepted)
     said = [row["mean_acceptance_length"] for row in rows if row.get("mean_acceptance_length") is not None]
-    return statistics.fmean(said) if said else None
+    return float(statistics.fmean(said)) if said else None
 
 
 def _speedup(rows: Sequence[Mapping[str, Any]]) -> float | None:
     said = [row["speedup"] for row in rows if isinstance(row.get("speedup"), (int, float))]
-    return statistics.median(said) if said else None
+    return float(statistics.median(said)) if said else None
 
 
 def by_category(view: View) -> tuple[Markup | None, str]:

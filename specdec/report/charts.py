@@ -165,7 +165,7 @@ def lines(
     series: Sequence[Series], x: Scale, y: Scale, *, x_title: str, y_title: str, described: str,
     reference: tuple[float, str] | None = None,
 ) -> Markup:  # fmt: skip
-    """Lines over a common frame; pale ones first, so that chosen ones lie on top. `reference`: a level, and its name."""
+    """Lines over a common frame, chosen ones on top of pale ones. `reference`: a level, and its name."""
     parts = frame(x, y, x_title, y_title)
     if reference is not None:
         at = y(reference[0])

@@ -15,6 +15,7 @@ from specdec.report.markup import Markup, el, embedded, joined
 from specdec.report.view import View
 
 _STATIC = Path(__file__).with_name("static")
+_NOWHERE = "base-uri 'none'; form-action 'none'"
 
 
 @cache
@@ -25,7 +26,7 @@ def _static(name: str) -> str:
 def _policy(script: str) -> str:
     """Nothing is loaded, and no script runs but ours: a text in the data cannot do harm, whatever it holds."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; {_NOWHERE}"
 
 
 def _section(name: str, title: str, about: Any, content: Any, legend: Markup | None = None) -> Markup | None:
@@ -36,51 +37,59 @@ def _section(name: str, title: str, about: Any, content: Any, legend: Markup | N
 
 
 def _sections(view: View) -> list[Markup | None]:
-    legend = panels.legend(view)
-    several = len(view.done) > len(view.chosen)
-    choose = " Tick settings in the table to see others in colour." if several else ""
+    legend, several, timed = panels.legend(view), len(view.done) > len(view.chosen), view.timed
     scatter, has_quality = panels.pareto(view)
-    quality = "" if has_quality else " Quality was not measured here, so nothing is said about it."
     by_kind, by = bars.by_category(view)
-    against = "times the plain loop" if view.timed else "tokens per round: nothing was timed"
+    say = _Says(view)
     return [
+        _section("settings", "Settings", say.settings(), table.table(view)),
         _section(
-            "settings", "Settings", f"{len(view.cells)} in the order in which they ran." + choose
-            if len(view.cells) > 1 else "One setting, against plain decoding of the same prompts.",
-            table.table(view), None,
+            "acceptance",
+            "Acceptance by position",
+            "How far into the draft the target agrees." + (" Chosen settings are in colour." if several else ""),
+            panels.acceptance(view),
+            legend,
         ),
         _section(
-            "acceptance", "Acceptance by position",
-            "How far into the draft the target agrees." + (" Chosen settings are in colour, all others pale." if several else ""),
-            panels.acceptance(view), legend,
+            "along",
+            "Acceptance along the text",
+            "Whether drafting gets easier or harder as the text grows, by stretches of 16 tokens.",
+            panels.along_the_text(view),
+            legend,
         ),
         _section(
-            "along", "Acceptance along the text",
-            "Whether drafting gets easier or harder as the text grows; by stretches of 16 tokens, all prompts together.",
-            panels.along_the_text(view), legend,
+            "speed",
+            "Speed against k" if timed else "Length of rounds against k",
+            "What more drafting brings." + (" Bars are 95 % intervals." if timed else " Nothing was timed."),
+            panels.against_k(view),
+            legend,
         ),
-        _section(
-            "speed", "Speed against k" if view.timed else "Length of rounds against k",
-            f"What more drafting brings: {against}." + (" Bars are 95 % intervals." if view.timed else ""),
-            panels.against_k(view), legend,
-        ),
-        _section(
-            "pareto", "Memory, quality, speed",
-            "Pale: another setting is at least as good in both, and better in one." + quality, scatter, legend,
-        ),
-        _section(
-            "time", "Where the time goes", "Milliseconds per token by stage, all prompts together.", bars.stages(view)
-        ),
-        _section(
-            "prompts", "By kind of prompt" if by == "category" else "By prompt",
-            "Each mark is a setting." + (" Point at one for its name." if len(view.done) > 1 else ""), by_kind, legend,
-        ),
-        _section(
-            "text", "The text itself", "Who wrote which token. A bracket is a round: what one forward of the target gave.",
-            told.stories(view),
-        ),
-        _section("notes", "Notes", "What was timed, how sure it is, and how to get it again.", summary.footnotes(view)),
-    ]  # fmt: skip
+        _section("pareto", "Memory, quality, speed", say.pareto(has_quality), scatter, legend),
+        _section("time", "Where the time goes", "Milliseconds per token by stage, all prompts.", bars.stages(view)),
+        _section("prompts", "By kind of prompt" if by == "category" else "By prompt", say.prompts(), by_kind, legend),
+        _section("text", "The text itself", "Who wrote which token. A bracket is a round.", told.stories(view)),
+        _section("notes", "Notes", "What was timed, how sure it is, how to get it again.", summary.footnotes(view)),
+    ]
+
+
+class _Says:
+    """Sentences that depend on what there is."""
+
+    def __init__(self, view: View):
+        self.view = view
+
+    def settings(self) -> str:
+        if len(self.view.cells) == 1:
+            return "One setting, against plain decoding of the same prompts."
+        choose = " Tick some to see them in colour below." if len(self.view.done) > len(self.view.chosen) else ""
+        return f"{len(self.view.cells)} in the order in which they ran.{choose}"
+
+    def pareto(self, has_quality: bool) -> str:
+        quality = "" if has_quality else " Quality was not measured, so nothing is said about it."
+        return "Pale: another setting is at least as good in both, and better in one." + quality
+
+    def prompts(self) -> str:
+        return "Each mark is a setting." + (" Point at one for its name." if len(self.view.done) > 1 else "")
 
 
 def _bar(title: str) -> Markup:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
 
 from specdec.cli.screen import size
-from specdec.report.charts import (
-    BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Point, Scale, Series, figure, frame, legend_mark, linear, lines, mark,
-    percent, placed_labels, svg,
-)  # fmt: skip
+from specdec.report import charts
+from specdec.report.charts import Point, Scale, Series, figure, legend_mark, linear, lines, mark, percent
 from specdec.report.markup import Markup, el, number
 from specdec.report.view import Axis, Cell, View
 
@@ -19,8 +16,8 @@ _MAX_POSITIONS = 16
 # Tokens of text per point along it, and rounds that a point needs.
 _BIN, _MIN_ROUNDS = 16, 4
 _MAX_PANELS = 12
-_HORIZONTAL = (LEFT + 8, WIDTH - RIGHT - 8)
-_VERTICAL = (HEIGHT - BOTTOM, TOP)
+_HORIZONTAL = (charts.LEFT + 8, charts.WIDTH - charts.RIGHT - 8)
+_VERTICAL = (charts.HEIGHT - charts.BOTTOM, charts.TOP)
 
 
 def grid(figures: Sequence[Markup]) -> Markup:
@@ -45,9 +42,10 @@ def _dashes(cells: Sequence[Cell]) -> dict[int, int]:
     return found
 
 
-def _positions(stats: Mapping[str, Any], name: str) -> list[float]:
-    values = stats.get(name)
-    return [float(v) for v in values[:_MAX_POSITIONS]] if isinstance(values, list) else []
+def _positions(cell: Cell, name: str) -> list[float]:
+    values = cell.stats.get(name)
+    deepest = min(_MAX_POSITIONS, cell.depth)
+    return [float(v) for v in values[:deepest]] if isinstance(values, list) else []
 
 
 def acceptance(view: View) -> Markup | None:
@@ -57,7 +55,7 @@ def acceptance(view: View) -> Markup | None:
         ("joint_acceptance", "Accepted together with all before it", "accepted, %, of all rounds"),
     )
     chosen, dashes = set(view.chosen), _dashes(view.chosen)
-    deepest = max((len(_positions(c.stats, name)) for c in view.done for name, *_ in kinds), default=0)
+    deepest = max((len(_positions(c, name)) for c in view.done for name, *_ in kinds), default=0)
     if not deepest:
         return None
     x = Scale(1, max(deepest, 2), *_HORIZONTAL, [(i, str(i)) for i in range(1, deepest + 1)])
@@ -67,8 +65,7 @@ def acceptance(view: View) -> Markup | None:
         series = []
         for cell in view.done:
             points = [
-                Point(i, v, f"{cell.label}\nposition {i}: {v:.1%}")
-                for i, v in enumerate(_positions(cell.stats, name), 1)
+                Point(i, v, f"{cell.label}\nposition {i}: {v:.1%}") for i, v in enumerate(_positions(cell, name), 1)
             ]
             if points:
                 series.append(Series(points, cell.colour, dashes.get(cell.index, 0), cell.index, cell in chosen))
@@ -211,7 +208,8 @@ def _against(cells: Sequence[Cell], view: View, shape: Axis, places: Mapping[str
             value = shape.value(cell.setting)
             if cell.speedup is not None:
                 s = cell.speedup
-                tip = f"{cell.label}\n{s.median:.2f}× ({s.low:.2f}–{s.high:.2f}), {cell.per_round or 1:.2f} tokens per round"
+                interval = f"{s.median:.2f}× ({s.low:.2f}–{s.high:.2f})"
+                tip = f"{cell.label}\n{interval}, {cell.per_round or 1:.2f} tokens per round"
                 point = Point(places[value], s.median, tip, cell.index, s.low, s.high)
             else:
                 tip = f"{cell.label}\n{cell.per_round or 1:.2f} tokens per round"
@@ -273,7 +271,7 @@ def _scatter(
 ) -> Markup:
     x = linear([values[c.index][0] for c in cells], *_HORIZONTAL, count=4)
     y = linear([values[c.index][1] for c in cells], *_VERTICAL)
-    parts = frame(x, y, x_title, y_title)
+    parts = charts.frame(x, y, x_title, y_title)
     for cell in sorted(cells, key=lambda c: c.index not in dominated):
         across, up = values[cell.index]
         memory = f", {size(cell.num_bytes)}" if cell.num_bytes else ""
@@ -284,7 +282,7 @@ def _scatter(
         pale = "" if cell.index not in dominated else " pale"
         parts.append(el("g", shown, hit, cls=f"series c{cell.colour % 8} on{pale}", data_cell=cell.index))
     front = sorted((c for c in cells if c.index not in dominated), key=lambda c: values[c.index])
-    labels = placed_labels([(x(values[c.index][0]), y(values[c.index][1]), c.label) for c in front])
+    labels = charts.placed_labels([(x(values[c.index][0]), y(values[c.index][1]), c.label) for c in front])
     parts += [el("text", text, x=number(a), y=number(b), cls=f"name {anchor}") for a, b, anchor, text in labels]
     names = ", ".join(c.label for c in front)
-    return svg(parts, f"{y_title} against {x_title}; not dominated: {names}")
+    return charts.svg(parts, f"{y_title} against {x_title}; not dominated: {names}")

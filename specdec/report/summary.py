@@ -30,7 +30,7 @@ def headline(view: View) -> str:
     if s.high < 1:
         least = "at best " if len(view.done) > 1 else ""
         return f"Speculation does not pay here: {least}{_times(s.median)} the speed of plain decoding."
-    return f"No clear gain: {_times(s.median)} the speed of plain decoding, give or take."
+    return f"No clear gain over plain decoding: {_times(s.median)}."
 
 
 def _identity(cell: Cell) -> tuple[str, str]:
@@ -63,9 +63,14 @@ def _lead(view: View) -> Markup:
         parts += ["Best of ", str(len(view.done)), " settings: "]
     parts.append(el("strong", best.label))
     if best.speedup is not None:
-        parts.append(f", over the plain loop, 95 % interval {best.speedup.low:.2f}–{best.speedup.high:.2f}")
+        parts.append(f", 95 % interval {best.speedup.low:.2f}–{best.speedup.high:.2f}")
     kind, said = _identity(best)
-    return el("p", parts, ". ", el("span", said, cls=kind or None), cls="lead")
+    clean, slices = best.raw.get("clean_slices"), best.raw.get("slices")
+    noisy = (
+        best.speedup is not None and slices and (clean or 0) < slices / 2 and best.raw.get("clean_means") != "unknown"
+    )
+    warning = " Other programs disturbed the timings: take speeds with care." if noisy else None
+    return el("p", parts, ". ", el("span", said, cls=kind or None), el("span", warning, cls="warn"), cls="lead")
 
 
 def _figures(view: View) -> Markup:
@@ -104,11 +109,12 @@ def facts(view: View) -> Markup:
     """Models, machine, versions, date, command."""
     environment = view.environment
     rows: list[tuple[str, Any]] = []
-    parameters = environment.get("parameters") or {}
+    details = (view.best.raw.get("details") if view.best else None) or {}
+    parameters = {**(details.get("parameters") or {}), **(environment.get("parameters") or {})}
     for name in ("target", "draft"):
         names = list(dict.fromkeys(short(c.setting[name]) for c in view.cells if c.setting.get(name)))
         number = parameters.get(name)
-        text = ", ".join(names)
+        text = ", ".join(names) or ("embedded" if number else "")
         if number:
             text = " ".join(filter(None, (text, f"({count(number)} parameters)")))
         if text:
@@ -121,6 +127,8 @@ def facts(view: View) -> Markup:
     where += [f"{threads} thread{'s' if threads != 1 else ''}"] if threads else []
     if any(where):
         rows.append(("device", ", ".join(str(part) for part in where if part)))
+    if details.get("backend"):
+        rows.append(("step", f"{details['backend']}; {details.get('numerics') or 'unknown'} numerics"))
     versions = environment.get("versions") or {}
     if versions:
         rows.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
@@ -148,8 +156,8 @@ def footnotes(view: View) -> Markup:
     forked = any((cell.raw.get("timing") or {}).get("prefill") == "forked" for cell in view.done)
     if view.timed:
         lines.append(
-            "Speed-ups are medians of paired ratios: the same prompt, plainly and speculatively, one after the other in "
-            "turns. Intervals are 95 % bootstrap intervals over prompts and their repetitions."
+            "Speed-ups are medians of paired ratios: the same prompt, plainly and speculatively, in turns. "
+            "Intervals are 95 % bootstrap intervals over prompts and their repetitions."
         )
         lines.append(
             "Prompts were prefilled once and forked: times are of decoding alone, for both sides."
@@ -159,8 +167,8 @@ def footnotes(view: View) -> Markup:
         lines.append(_clean(view))
     else:
         lines.append("Nothing was timed: acceptance, texts and memory do not depend on the machine's load.")
-    seeds = sorted({cell.setting.get("seed") for cell in view.cells} - {None})
-    repeats = sorted({cell.raw.get("repetitions") for cell in view.done} - {None})
+    seeds = sorted({int(c.setting["seed"]) for c in view.cells if c.setting.get("seed") is not None})
+    repeats = sorted({int(c.raw["repetitions"]) for c in view.done if c.raw.get("repetitions")})
     if repeats:
         runs = ", ".join(map(str, repeats))
         lines.append(f"Repetitions of each prompt: {runs}. Seeds: {', '.join(map(str, seeds)) or 'not recorded'}.")

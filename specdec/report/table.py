@@ -64,12 +64,13 @@ def _same(cell: Cell) -> tuple[str, float]:
 
 def _row(view: View, cell: Cell, whiskers: _Whiskers) -> Markup:
     name = "colour and highlight" if cell.done else "failed"
+    alone = len(view.cells) == 1
     box = el(
         "input", type="checkbox", checked=cell in view.chosen, disabled=not cell.done, data_choose=cell.index,
         aria_label=f"{name}: {cell.label}",
     )  # fmt: skip
     key = el("span", legend_mark(cell.colour)) if view.colour_axis is not None else None
-    cells = [el("td", el("label", box, key, cls="choose"), cls="pick")]
+    cells = [] if alone else [el("td", el("label", box, key, cls="choose"), cls="pick")]
     cells.append(el("th", cell.label, el("small", " lossy", cls="warn") if cell.done and not cell.lossless else None,
                     scope="row", cls="label", data_key=cell.index))  # fmt: skip
     for axis in view.axes:
@@ -95,7 +96,7 @@ def _row(view: View, cell: Cell, whiskers: _Whiskers) -> Markup:
         cells.append(_td(f"{efficiency:.0%}" if efficiency else "–", efficiency or None, cls="num wide"))
     same, share = _same(cell)
     cells.append(_td(same, share, cls=f"num{' warn' if same.endswith('≠') else ''}"))
-    best = " best" if cell is view.best else ""
+    best = " best" if cell is view.best and len(view.done) > 1 else ""
     return el("tr", cells, data_cell=cell.index, cls=f"done{best}", **filters)
 
 
@@ -117,7 +118,8 @@ def _filters(view: View) -> Markup | None:
 def table(view: View) -> Markup:
     """A row for each cell, in the order of the document; failed ones say why."""
     whiskers = _Whiskers(view)
-    heads = [el("th", el("span", "in colour", cls="unseen"), scope="col", cls="pick"), _head("setting", "label")]
+    heads = [] if len(view.cells) == 1 else [el("th", el("span", "in colour", cls="unseen"), scope="col", cls="pick")]
+    heads.append(_head("setting", "label"))
     heads += [_head(axis.title, "axis") for axis in view.axes]
     if view.timed:
         heads += [_head("speed-up", "num"), _head("95 %", "drawn", sorts=False)]

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from specdec.report.charts import legend_mark
 from specdec.report.markup import Markup, el
 from specdec.report.view import NUM_COLOURS, Cell, View
 
 TARGET = "target"
+_PROMPT_LINES = 8
 
 
 def _origins(view: View) -> list[str]:
@@ -37,13 +37,20 @@ def _token(number: int, token: Mapping[str, Any], origins: Sequence[str]) -> Mar
     return el("b", text, cls=classes, data_n=number)
 
 
+def _ending(prompt: str) -> str:
+    """The last lines of a long prompt: what follows them is what the page is about."""
+    found = prompt.splitlines(keepends=True)
+    left_out = len(found) - _PROMPT_LINES
+    return prompt if left_out < 2 else f"… {left_out} more lines of prompt\n" + "".join(found[-_PROMPT_LINES:])
+
+
 def _text(cell: Cell, which: int, story: Mapping[str, Any], origins: Sequence[str], shown: bool) -> Markup:
     tokens = [t for t in story.get("tokens") or () if isinstance(t, Mapping)]
     numbered = list(enumerate(tokens))
     rounds = []
     for _, members in groupby(numbered, key=lambda pair: pair[1].get("round")):
         rounds.append(el("span", [_token(n, t, origins) for n, t in members], cls="round"))
-    prompt = el("span", story.get("prompt", ""), cls="prompt")
+    prompt = el("span", _ending(str(story.get("prompt", ""))), cls="prompt")
     body = el(
         "div", prompt, rounds, cls="told", tabindex=0, role="application", data_story=f"{cell.index}-{which}",
         aria_label="text by token; arrow keys go from token to token", aria_describedby="reading",
@@ -78,7 +85,8 @@ def stories(view: View) -> Markup | None:
     if not having:
         return None
     origins = _origins(view)
-    options, blocks = [], []
+    options: list[Markup] = []
+    blocks: list[Markup] = []
     for cell in having:
         for which, story in enumerate(cell.story):
             first_line = next((line for line in str(story.get("prompt", "")).splitlines() if line.strip()), "no prompt")
@@ -87,9 +95,12 @@ def stories(view: View) -> Markup | None:
             blocks.append(_text(cell, which, story, origins, shown=not blocks))
     chooser = el("label", el("span", "text"), el("select", options, id="which-story"), cls="filters scripted")
     reading = el(
-        "div", el("p", "Point at a token, tap it, or use the arrow keys.", cls="hint"), id="reading", cls="reading scripted",
+        "div",
+        el("p", "Point at a token, tap it, or use the arrow keys.", cls="hint"),
+        id="reading",
+        cls="reading scripted",
         aria_live="polite",
-    )  # fmt: skip
+    )
     return el("div", chooser if len(options) > 1 else None, blocks, reading, cls="stories")
 
 
@@ -100,6 +111,3 @@ def colours(view: View) -> Markup:
         colour = view.colours.index(origin) if origin in view.colours else i
         rules.append(f".o{i}{{--tone:var(--c{colour % NUM_COLOURS})}}")
     return Markup("".join(rules))
-
-
-__all__ = ["colours", "legend_mark", "stories"]

@@ -13,6 +13,7 @@ from specdec.errors import InputError
 from specdec.trace import STAGES
 
 NUM_COLOURS = 8
+MIN_REACHED = 10
 # Cells that are drawn in colour to begin with; the reader chooses others.
 _MAX_CHOSEN = 6
 _DEFAULTS: dict[str, Any] = {
@@ -106,7 +107,7 @@ AXES = (
     Axis("max_new_tokens", "new tokens", _counted("max_new_tokens")),
     Axis("chat", "chat", _plain("chat")),
     Axis("exact", "exact", _plain("exact")),
-    Axis("limit", "limit", _counted("limit")),
+    Axis("limit", "prompts up to", _counted("limit")),
     Axis("seed", "seed", _counted("seed")),
 )
 
@@ -149,6 +150,15 @@ class Cell:
     @property
     def lossless(self) -> bool:
         return bool(self.stats.get("lossless", True))
+
+    @property
+    def depth(self) -> int:
+        """Positions that at least `MIN_REACHED` rounds decided about: fewer say little of any other text."""
+        evaluated = [n for row in self.rows for n in (row.get("rounds") or {}).get("evaluated", ())]
+        known = len(self.stats.get("conditional_acceptance") or ())
+        if not evaluated:
+            return known
+        return next((d for d in range(known) if sum(n > d for n in evaluated) < MIN_REACHED), known)
 
     @property
     def num_bytes(self) -> float | None:
@@ -237,8 +247,15 @@ class View:
     @property
     def fixed(self) -> list[tuple[str, str]]:
         """What is the same in all cells, where it is not a default."""
-        same = [(axis.title, axis.value(self.cells[0].setting)) for axis in AXES if axis not in self.axes]
-        return [(title, value) for title, value in same if value not in ("–", "no")]
+        first = self.cells[0].setting
+        same = [(axis, axis.value(first)) for axis in AXES if axis not in self.axes]
+        said = [
+            (axis, value) for axis, value in same if value not in ("–", "no") and (axis.name, value) != ("batch", "1")
+        ]
+        return [
+            ("policy" if axis.name == "shape" and not value[:1].isdigit() else axis.title, value)
+            for axis, value in said
+        ]
 
 
 def _said(axis: Axis, value: str) -> str:

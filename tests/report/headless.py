@@ -25,6 +25,8 @@ PATIENCE = 120.0
 # Gathered in the page: how wide it is, and which boxes of text lie over each other.
 MEASURE = """
 (() => {
+  // Of the told text, tokens are pieces of words; what is no text is not seen.
+  const PASSED_OVER = "script, style, title, option, .t, .prompt";
   const clipped = (node, box) => {
     for (let up = node.parentElement; up; up = up.parentElement) {
       const kind = getComputedStyle(up);
@@ -39,7 +41,7 @@ MEASURE = """
   const words = [];
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walk.nextNode(); node; node = walk.nextNode()) {
-    if (!node.data.trim() || node.parentElement.closest("script, style, title, option, .t, .prompt, .reading")) continue;
+    if (!node.data.trim() || node.parentElement.closest(PASSED_OVER)) continue;
     const range = document.createRange();
     range.selectNodeContents(node);
     for (const found of range.getClientRects()) {
