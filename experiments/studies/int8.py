@@ -6,7 +6,8 @@ The tutorial stores a 7B model's attention and MLP in int8, one scale for each o
 less), a run of 3.19 s takes 2.09 (1.53 times as fast), and at top-k 1 the text departs a little "where logits are
 ambiguous". Here: bytes of three shapes by the same arithmetic; the embedded target's greedy texts, at each position the
 margin between full precision's two best tokens, and whether int8 chooses another one. Up to the first such position
-both models read the same tokens, so that it is where their texts part. Speeds are measured by
+both models read the same tokens, so that it is where their texts part. Products with int8 weights here round their
+inputs to int8 too, row by row. Speeds are measured by
 `experiments/quantised/grid.py`. Lossless: no, weights are rounded.
 """
 
@@ -30,6 +31,7 @@ from specdec.quant.methods import prepare_model
 from specdec.quant.methods.walk import unpacked
 from specdec.quant.recipe import Recipe
 from specdec.sampling import Sampling
+from specdec.train import provenance
 
 RECIPES = {"all linear layers": "int8", "attention and MLP": {"default": "int8", "head": None}}
 BINS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, float("inf"))
@@ -177,9 +179,9 @@ def main() -> None:
     found = texts_of(args)
     told = summary(found)
     kept = [{key: value for key, value in text.items() if key != "positions"} for text in found]
-    study.publish(
-        args, "int8", "Weights in int8", {"shapes": shapes, "texts": kept, "summary": told}, page(shapes, found, told)
-    )
+    content = {"versions": provenance.versions(), "shapes": shapes, "texts": kept, "summary": told}
+    study.publish(args, "int8", "Weights in int8", page(shapes, found, told))
+    provenance.write_json(args.out / "int8.json", content)
 
 
 if __name__ == "__main__":

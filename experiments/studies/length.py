@@ -60,23 +60,25 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     inputs = [tokenizer(prompt.text)["input_ids"][:PROMPT] for prompt in study.prompts(args.limit)]
     num_bins = -(-args.max_new_tokens // BIN)
-    rows = []
-    for name in args.drafters:
+
+    def row(name: str, temperature: float) -> dict[str, Any]:
         decoder = study.decoder(target, tokenizer, resolve_drafter(name, context), Fixed(K), prefix_cache=0)
-        for temperature in TEMPERATURES:
-            study.console.print(f"{name}, temperature {temperature:g}")
-            options = {"max_new_tokens": args.max_new_tokens, "temperature": temperature, "eos_token_id": []}
-            made = study.texts(decoder.generate, inputs, **options)
-            rows.append(
-                {
-                    "drafter": name,
-                    "temperature": temperature,
-                    "tokens_per_round": [study.interval(pairs) for pairs in binned(made, num_bins)],
-                    "all": study.acceptance(made)["tokens_per_round"],
-                    "repeated": repeated(made, num_bins),
-                }
-            )
-    return rows
+        options = {"max_new_tokens": args.max_new_tokens, "temperature": temperature, "eos_token_id": []}
+        made = study.texts(decoder.generate, inputs, **options)
+        return {
+            "drafter": name,
+            "temperature": temperature,
+            "tokens_per_round": [study.interval(pairs) for pairs in binned(made, num_bins)],
+            "all": study.acceptance(made)["tokens_per_round"],
+            "repeated": repeated(made, num_bins),
+        }
+
+    kept = study.Rows(args, "length")
+    return [
+        kept.get(f"{name}, temperature {temperature:g}", row, name, temperature)
+        for name in args.drafters
+        for temperature in TEMPERATURES
+    ]
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS)
     args = study.arguments(__doc__, parser, tokens=448)
     rows = measure(args)
-    study.publish(args, "length", "Acceptance along a text", {"k": K, "bin": BIN, "rows": rows}, page(rows))
+    study.publish(args, "length", "Acceptance along a text", page(rows))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,17 +114,40 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
 
 
-def publish(args: argparse.Namespace, name: str, title: str, content: Mapping[str, Any], text: str) -> None:
-    """`NAME.json` and `NAME.md` in the output folder, dated, with the command that made them.
+class Rows:
+    """Rows of `NAME.json` in the output folder, by name: each is written when it is there, and measured only once.
+
+    Rows of other settings (`--limit`, `--max-new-tokens`) are of another study: they are dropped. Delete the file to
+    measure anew.
+    """
+
+    def __init__(self, args: argparse.Namespace, name: str):
+        self.path = args.out / f"{name}.json"
+        self.settings = {"limit": args.limit, "max_new_tokens": args.max_new_tokens}
+        self.found: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            self.found = content["rows"] if content["settings"] == self.settings else {}
+
+    def get(self, name: str, measure: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+        """The row of that name; `measure(*given)` when there is none."""
+        if name not in self.found:
+            console.print(name)
+            self.found[name] = {**measure(*given), "date": datetime.date.today().isoformat()}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = {"versions": provenance.versions(), "settings": self.settings, "rows": self.found}
+            provenance.write_json(self.path, content)
+        return self.found[name]
+
+
+def publish(args: argparse.Namespace, name: str, title: str, text: str) -> None:
+    """`NAME.md` in the output folder, dated, with the command that made it.
 
     What the figures mean is written by hand under the page's last heading, and kept when the study is run again.
     """
     today, versions = datetime.date.today().isoformat(), provenance.versions()
     command = " ".join(["python experiments/studies/" + Path(sys.argv[0]).name, *sys.argv[1:]])
     args.out.mkdir(parents=True, exist_ok=True)
-    provenance.write_json(
-        args.out / f"{name}.json", {"date": today, "command": command, "versions": versions, **content}
-    )
     page = args.out / f"{name}.md"
     heading = "## What it means\n"
     old = page.read_text(encoding="utf-8") if page.exists() else ""

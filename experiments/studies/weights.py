@@ -25,6 +25,7 @@ from specdec.generation import Generation
 from specdec.policy import Fixed
 from specdec.quant.linear import PackedLinear
 from specdec.quant.methods import calibration, prepare_model
+from specdec.quant.methods.method import rounds_activations
 from specdec.quant.pruning import magnitude, wanda
 from specdec.runtime.copies import with_layers
 
@@ -50,7 +51,7 @@ class Way:
 
     def of(self, model: Any, tokens_BT: torch.Tensor) -> Any:
         if self.format is not None:
-            return dense(prepare_model(model, self.format))
+            return dense(prepare_model(model, self.format))  # by rounding to the nearest
         if self.method == "wanda":
             return wanda(model, tokens_BT, self.share)
         return magnitude(model, self.share)
@@ -63,10 +64,10 @@ def ways(kind: str) -> list[Way]:
 
 
 def dense(model: Any) -> Any:
-    """The same weights in ordinary float32 layers."""
+    """The same weights in ordinary float32 layers; layers that round their inputs too (int8) stay as they are."""
 
     def make(name: str, layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, PackedLinear):
+        if not isinstance(layer, PackedLinear) or rounds_activations(layer.format):
             return None
         made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         made.weight = nn.Parameter(layer.weight_in(torch.float32), requires_grad=False)
@@ -75,7 +76,8 @@ def dense(model: Any) -> Any:
         return made
 
     twin = with_layers(model, make)
-    twin.config.tie_word_embeddings = twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
+    # Compiled steps go by the configuration, which still says that the head is the embedding.
+    twin.config.tie_word_embeddings = False
     return twin
 
 
@@ -126,16 +128,20 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         for temperature in TEMPERATURES
     }
     tokens_BT = calibration.tokens(calibration.STDLIB, target, tokenizer, rows=CALIBRATION_ROWS, length=LENGTH)
-    found = [{"weights": FULL, "changed": "–", **measure((target, draft, tokenizer), reference, args)}]
+    full = {"target": target, "draft": draft}
+    kept = study.Rows(args, args.kind)
+
+    def row(name: str, role: str, changed: Mapping[str, Any]) -> dict[str, Any]:
+        pair = [changed[part] if role in (part, "both") else full[part] for part in full]
+        return {"weights": name, "changed": role, **measure((*pair, tokenizer), reference, args)}
+
+    found = [kept.get(FULL, row, FULL, "–", full)]
     for way in ways(args.kind):
-        changed = {"target": way.of(target, tokens_BT), "draft": way.of(draft, tokens_BT)}
-        for role in ROLES:
-            study.console.print(f"{way.name}: {role}")
-            pair = tuple(
-                changed[name] if role in (name, "both") else model
-                for name, model in (("target", target), ("draft", draft))
-            )
-            found.append({"weights": way.name, "changed": role, **measure((*pair, tokenizer), reference, args)})
+        names = {role: f"{way.name}: {role}" for role in ROLES}
+        missing = any(name not in kept.found for name in names.values())
+        changed = {part: way.of(model, tokens_BT) for part, model in full.items()} if missing else {}
+        for role, name in names.items():
+            found.append(kept.get(name, row, way.name, role, changed))
     return found
 
 
@@ -160,7 +166,7 @@ def main() -> None:
     parser.add_argument("kind", choices=TITLES)
     args = study.arguments(__doc__, parser, tokens=64)
     found = rows(args)
-    study.publish(args, args.kind, TITLES[args.kind], {"k": K, "rows": found}, page(found))
+    study.publish(args, args.kind, TITLES[args.kind], page(found))
 
 
 if __name__ == "__main__":
