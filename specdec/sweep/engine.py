@@ -149,7 +149,7 @@ class Engine:
         from specdec.report.story import tell
 
         tokens = tell(decoder, list(prompt.ids), **text_options(setting))
-        return [{"prompt": decoder.tokenizer.decode(list(prompt.ids)), "tokens": tokens}]
+        return [{"prompt": decoder.tokenizer.decode(list(prompt.ids), skip_special_tokens=True), "tokens": tokens}]
 
 
 def _memory(decoder: SpeculativeDecoder, setting: Setting, prompts: Sequence[Encoded]) -> dict[str, int]:
