@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
+import sweep_documents
 
 from specdec.sweep.setting import Setting
 
@@ -58,6 +61,20 @@ def cell(
         "stats": {"lossless": True, "drafter_error": None},
         "rows": rows,
     }
+
+
+@cache
+def grid(num_prompts: int = 2) -> dict[str, Any]:
+    """24 cells of a made-up machine: drafters, k = 1 and 4, temperatures 0 and 1, two verifiers. Not to be changed."""
+    settings = [
+        Setting(drafter=drafter, k=k, temperature=temperature, verifier=verifier)
+        for temperature in (0.0, 1.0)
+        for verifier in ("coupled", "ratio")
+        for drafter in sweep_documents.DRAFTERS
+        for k in (1, 4)
+    ]
+    cells = [sweep_documents.cell(setting, num_prompts=num_prompts) for setting in settings]
+    return dict(json.loads(json.dumps(document(*cells))))
 
 
 def document(*cells: Mapping[str, Any], **environment: Any) -> dict[str, Any]:

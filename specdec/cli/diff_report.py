@@ -158,9 +158,10 @@ def show(console: Console, found: Difference, before: str, after: str, *, everyt
     _listed(console, "Only after", found.new)
     if judged:
         console.print(
-            "\n[dim]real: nothing that is recorded differs and no clock steers the rounds, so this is no noise. p: by sign "
-            f"flips of prompts, adjusted for all cells (step-down max-T); beyond noise: p ≤ {found.level:g}. 95 %: by "
-            "bootstrap over prompts. Two runs on one machine may differ in speed by more than their prompts tell.[/]\n"
+            "\n[dim]real: nothing that is recorded differs and no clock steers the rounds, so it is no noise. p: by "
+            "sign flips of prompts, adjusted for all cells (step-down max-T); beyond noise: p ≤ "
+            f"{found.level:g}. 95 %: by bootstrap over prompts. Two runs on one machine may differ in speed by more "
+            "than their prompts tell.[/]\n"
         )
 
 

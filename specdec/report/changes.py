@@ -88,8 +88,8 @@ def by_prompt(matches: Sequence[Match], values: Sequence[Array]) -> Array:
 
 
 def judge_acceptance(matches: Sequence[Match], level: float) -> list[Acceptance]:
-    sides = [tuple(counts(side) for side in match.sides) for match in matches]
-    values = [pseudo_values(*side) for side in sides]
+    sides = [(counts(before), counts(after)) for before, after in (match.sides for match in matches)]
+    values = [pseudo_values(before, after) for before, after in sides]
     family = judge(by_prompt(matches, values), "both", level)
     found = []
     for i, (match, (before, after)) in enumerate(zip(matches, sides, strict=True)):

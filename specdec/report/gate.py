@@ -116,7 +116,7 @@ def _alone(setting: Any, outcome: str, reason: str) -> Judged:
 def _judge(matches: Sequence[Match], tolerance: float, level: float) -> list[Judged]:
     usable = [match for match in matches if match.names]
     sides = [(counts(before), counts(after)) for before, after in (match.sides for match in usable)]
-    values = [pseudo_values(*side, keep=1 - tolerance) for side in sides]
+    values = [pseudo_values(before, after, keep=1 - tolerance) for before, after in sides]
     table = by_prompt(usable, values)
     fall, kept = judge(table, "lower", level), judge(table, "upper", level)
     judged = [

@@ -146,9 +146,8 @@ def check_ignored(ignored: Sequence[str]) -> tuple[str, ...]:
 
 def environment_of(document: Document, cell: Cell) -> Mapping[str, Any]:
     """Where a cell was run: stores keep every place, exports of old may have one for all."""
-    places = document.get("environments") or {}
-    found: Mapping[str, Any] = places.get(cell.get("environment"), document.get("environment") or {})
-    return found
+    places: Mapping[Any, Mapping[str, Any]] = document.get("environments") or {}
+    return places.get(cell.get("environment")) or document.get("environment") or {}
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def _ramp(share: float) -> tuple[str, str]:
     """Fill and ink of a square, from a pale to a full blue; they are the same in both themes."""
     pale, full = (222, 235, 247), (8, 69, 148)
     mixed = [round(a + (b - a) * share) for a, b in zip(pale, full, strict=True)]
-    return "#{:02x}{:02x}{:02x}".format(*mixed), "#ffffff" if share > 0.45 else "#10243d"
+    return "#{:02x}{:02x}{:02x}".format(*mixed), "#ffffff" if share > 0.66 else "#0a1628"
 
 
 def _draw_heat(axes: Any, heat: Heat, values: Mapping[tuple[str, str], float], look: Look) -> None:
@@ -285,7 +285,7 @@ def _follows_theme(svg: str) -> str:
     return f"{svg[:inside]}\n {style}{svg[inside:]}"
 
 
-def _most_telling(found: Sequence[Plot | Heat]) -> list[Plot | Heat]:
+def most_telling(found: Sequence[Plot | Heat]) -> list[Plot | Heat]:
     """Three for an overview: what it gains, where it is accepted, and what the rule makes of temperature."""
     by_kind = {plot.kind if isinstance(plot, Plot) else "heatmap": plot for plot in found}
     order = ("speed", "tokens", "acceptance", "heatmap", "text", "pareto")
@@ -311,7 +311,7 @@ def save(document: Mapping[str, Any], path: str | Path, kinds: Sequence[str] = (
         raise InputError("there is nothing to plot: no cell was finished, or none of them drafts")
     overview = not kinds
     if overview:
-        found = _most_telling(found)
+        found = most_telling(found)
     look = LOOKS["dark" if theme == "dark" else "light"]
     file = Path(path)
     figure = draw(found, look, overview=overview)

@@ -185,7 +185,8 @@ def _k_lines(
     view: View, group: Sequence[Cell], where: Mapping[str, float], rest: Sequence[Axis], measure: Measure
 ) -> list[Line]:
     """A line through the chains of cells that differ in k alone; trees and policies beside it."""
-    chain, beside = [], []
+    chain: list[Spot] = []
+    beside: list[Spot] = []
     for cell in sorted(group, key=lambda c: where[shape(c)]):
         found = measure(cell)
         assert found is not None
@@ -282,7 +283,7 @@ def pareto(view: View) -> Plot | None:
     for x_title, x_of in (("memory, MiB", mib), ("loss, nats per token", nats)):
         found = {c.index: (x.x, y) for c in view.done if (x := x_of(c)) and (y := _worth(view, c)) is not None}
         cells = [cell for cell in view.done if cell.index in found]
-        if len({found[c.index] for c in cells}) < 2:
+        if len({found[c.index][0] for c in cells}) < 2:
             continue
         best = frontier(cells, {i: (-x, y) for i, (x, y) in found.items()})
         lines = []

@@ -33,6 +33,10 @@ _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _BRAILLE = 0x2800
 
 
+def _written(text: str, ascii_only: bool) -> str:
+    return text.replace(" · ", ", ").encode("ascii", "replace").decode() if ascii_only else text
+
+
 def _mark(slot: int, ascii_only: bool) -> str:
     marks = ASCII_MARKS if ascii_only else MARKS
     return marks[slot % len(marks)]
@@ -162,7 +166,8 @@ def panel_rows(plot: Plot, panel: Panel, width: int, ascii_only: bool = False) -
             )
     labels = {round((1 - y.share(tick)) * (HEIGHT - 1)): _value(tick, plot.is_share) for tick in y_ticks}
     bar, corner, floor = ("|", "+", "-") if ascii_only else ("│", "└", "─")
-    rows = [Text(panel.title[:width], "bold", no_wrap=True)] if panel.title else []
+    title = _written(panel.title, ascii_only)
+    rows = [Text(title[:width], "bold", no_wrap=True)] if title else []
     for i, row in enumerate(canvas.rows()):
         rows.append(Text(f"{labels.get(i, ''):>{_TICK}} {bar}", "dim", no_wrap=True, end="") + row)
     rows.append(Text(f"{'':>{_TICK}} {corner}{floor * inner}", "dim", no_wrap=True))
@@ -176,7 +181,7 @@ def _legend(plot: Plot, ascii_only: bool) -> Text:
     for slot in used:
         if plot.names[slot]:
             text.append(f"{_mark(slot, ascii_only)} ", _colour(slot))
-            text.append(f"{plot.names[slot]}   ")
+            text.append(f"{_written(plot.names[slot], ascii_only)}   ")
     return text
 
 
@@ -208,7 +213,7 @@ def _show_plot(console: Console, plot: Plot) -> None:
         best = sorted((s for line in panel.lines for s in line.spots if s.name), key=lambda s: s.x)
         console.print(f"[dim]not beaten in {escape(panel.title)} and {escape(plot.y_title)} at once:[/]")
         for spot in best:
-            console.print(f"  {spot.x:>9.4g}  {spot.y:>6.3g}  {escape(spot.name)}")
+            console.print(f"  {spot.x:>9.4g}  {spot.y:>6.3g}  {escape(_written(spot.name, ascii_only))}")
 
 
 def _shade(value: float, low: float, high: float, ascii_only: bool) -> str:
@@ -219,14 +224,15 @@ def _shade(value: float, low: float, high: float, ascii_only: bool) -> str:
 
 def _heat_table(name: str, values: dict[tuple[str, str], float], heat: Heat, ascii_only: bool) -> Table:
     low, high = heat.span
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", title=name or None)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.title = _written(name, ascii_only) or None
     table.title_justify, table.title_style = "left", "bold"
     table.add_column("verifier", no_wrap=True)
     for column in heat.columns:
         table.add_column(f"T {column}", justify="right", no_wrap=True)
     best = max(values.values())
     for row in heat.rows:
-        cells = []
+        cells: list[Text | str] = []
         for column in heat.columns:
             value = values.get((row, column))
             if value is None:
