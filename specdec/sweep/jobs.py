@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from specdec.errors import InputError
 from specdec.sweep.engine import Engine, Run, sweep
 from specdec.sweep.setting import Setting
 from specdec.sweep.store import Store
@@ -18,6 +19,10 @@ _POLL = 0.5
 
 def work(path: str, cells: Mapping[str, Mapping[str, Any]], run: Run, retry_failed: bool, parent: int) -> None:
     """One process: cells of the store until none is left, or until the process that started this one is gone."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     settings = {key: Setting.of(content) for key, content in cells.items()}
     with Store(path) as store:
         sweep(store, settings, Engine(run), retry_failed=retry_failed, going=lambda: os.getppid() == parent)
@@ -31,20 +36,21 @@ def run_jobs(
     *,
     retry_failed: bool = False,
     watching: Callable[[], None] = lambda: None,
-    target: Callable[..., None] = work,
 ) -> None:
-    """Work on `cells` in `num_jobs` processes until they are done; `watching` is called now and then.
+    """Work on `cells` in `num_jobs` processes until they find none to claim; `watching` is called now and then.
 
-    What a process leaves unfinished because it dies is taken over by the others.
+    What a process leaves unfinished because it dies is taken over by those that are still at work, or by the next one.
+    Raises `InputError` for a store in memory, which processes cannot share.
     """
-    assert store.path is not None
+    if store.path is None:
+        raise InputError("several processes need a store in a file")
     store.want((key, setting.as_dict()) for key, setting in cells.items())
     contents = {key: setting.as_dict() for key, setting in cells.items()}
     run = replace(run, alone=num_jobs == 1)
     # Not forked: threads of torch do not survive that.
     context = multiprocessing.get_context("spawn")
     arguments = (str(store.path), contents, run, retry_failed, os.getpid())
-    processes = [context.Process(target=target, args=arguments, daemon=True) for _ in range(num_jobs)]
+    processes = [context.Process(target=work, args=arguments, daemon=True) for _ in range(num_jobs)]
     for process in processes:
         process.start()
     try:

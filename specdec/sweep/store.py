@@ -219,10 +219,12 @@ def load_document(path: str | Path) -> dict[str, Any]:
     if magic != _MAGIC:
         return _read_json(file)
     with _explained(file):
-        # Where the folder cannot be written to, neither can the log of readers; then nobody else writes either.
-        mode = "mode=ro" if os.access(file.resolve().parent, os.W_OK) else "mode=ro&immutable=1"
+        # A reader that may not write would leave its log behind. Where nobody can write, there is none.
+        writable = os.access(file.resolve().parent, os.W_OK) and os.access(file, os.W_OK)
+        mode = "mode=rw" if writable else "mode=ro&immutable=1"
         connection = sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=_PATIENCE)
         try:
+            connection.execute("PRAGMA query_only = ON")
             _check_schema(connection, file, new_is_fine=False)
             return _document(connection)
         finally:
