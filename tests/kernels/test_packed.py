@@ -55,8 +55,8 @@ def test_bits_of_the_product_with_the_unpacked_matrix(name: str, dtype: torch.dt
 @pytest.mark.parametrize("name", NAMES)
 def test_wide_exponents_and_odd_codes(name: str, variant: str) -> None:
     format = parse(name)
-    if name == "int8":
-        pytest.skip("one float32 scale a row: nothing in it is read by bits")
+    if format.rounds_rows:
+        pytest.skip("rows of such exponents have no digits left in int8; the other tests compare with the same rows")
     weight = weights(40, 256, spread=36.0)  # from where products are subnormal to where they nearly overflow
     parts = format.pack(weight)
     for dtype in DTYPES:
