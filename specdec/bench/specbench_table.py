@@ -33,6 +33,12 @@ def _range(one: Figures | None) -> str:
     return f"{one.low:.2f}–{one.high:.2f}"
 
 
+def _over(one: Figures | None) -> str:
+    """A speed-up over its interval."""
+    own = _range(one)
+    return f"{_times(one.speedup if one else None)}{f'{chr(10)}[not bold dim]{own}[/]' if own else ''}"
+
+
 def _cells(made: SpecBench) -> list[Figures | None]:
     return [made.tasks.get(task) for task in COLUMNS]
 
@@ -72,7 +78,7 @@ def show(console: Console, document: Mapping[str, Any], *, published: bool = Fal
 
     def table(first: str, *last: str) -> Table:
         made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        made.add_column(first, overflow="fold", max_width=34)
+        made.add_column(first, overflow="ellipsis", max_width=34)
         for head in (*heads.values(), *last):
             made.add_column(head, justify="right", no_wrap=True)
         return made
@@ -82,12 +88,10 @@ def show(console: Console, document: Mapping[str, Any], *, published: bool = Fal
         figures, overall = _cells(made), made.overall
         speed.add_row(
             escape(label),
-            *(_times(one.speedup) if one else _NONE for one in figures),
+            *(_over(one) for one in figures),
             f"{overall.mean_accepted:.2f}",
-            f"[bold]{_times(overall.speedup)}[/]",
+            f"[bold]{_over(overall)}[/]",
         )
-        if overall.speedup is not None:
-            speed.add_row("", *(f"[dim]{_range(one)}[/]" for one in figures), "", f"[dim]{_range(overall)}[/]")
         values = (f"{one.mean_accepted:.2f}" if one else _NONE for one in (*figures, overall))
         accepted.add_row(escape(label), *values)
     console.print("\n[bold]Spec-Bench[/]")
