@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from specdec.cli import options, screen
+from specdec.cli import options, prompt_options, screen
 from specdec.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     group = parser.add_argument_group("plan")
-    group.add_argument("--prompts", metavar="FILE", help="as for compare (default: built-in beginnings of source)")
-    group.add_argument("--limit", type=int, default=8, metavar="N", help="prompts (default: 8)")
+    prompt_options.add_prompt_options(group, limit=8)
     group.add_argument(
         "--k",
         dest="lengths",
@@ -92,8 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
     from specdec.planner.planner import LENGTHS, make_plan
 
     decoder = options.build_decoder(arguments, prefix_cache=0)
-    texts, settings, known = _sources(arguments, decoder)
     out, err = screen.consoles()
+    texts, settings, known = _sources(arguments, decoder, err)
     screen.warm_up(decoder, err)
     with progress_bar(err, "measuring") as progress:
         report = make_plan(
@@ -114,15 +113,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sources(arguments: argparse.Namespace, decoder: Any) -> tuple[list[Any], dict[str, Any], Evidence | None]:
+def _sources(
+    arguments: argparse.Namespace, decoder: Any, err: Console
+) -> tuple[list[Any], dict[str, Any], Evidence | None]:
     """Prompts, options of `generate`, and acceptance where a trace has it: then the first two are the trace's."""
-    from specdec.bench.prompts import read_prompts
-
     if arguments.trace is None:
-        prompts: list[Any] = [prompt.text for prompt in read_prompts(arguments.prompts, arguments.limit)]
-        if arguments.chat:
-            prompts = [[{"role": "user", "content": text}] for text in prompts]
-        return prompts, options.generation_options(arguments), None
+        chosen, texts = prompt_options.selection(arguments), options.generation_options(arguments)
+        encoded = prompt_options.encode(chosen, chosen.read(), decoder, texts, err)
+        return [list(one.ids) for one in encoded], texts, None
     from specdec.planner.traced import Traced, prompts_of, sampling_options
     from specdec.replay import Recording
 
