@@ -46,7 +46,7 @@ def stored(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _decoders(folder: Path, format: str, backend: str, dtype: str) -> Iterator[specdec.SpeculativeDecoder]:
     options: dict[str, Any] = {"dtype": dtype, "backend": backend, "quantize": format, "policy": Fixed(3)}
-    smaller = "mxfp4" if format != "mxfp4" else {"default": "mxfp4", "rules": [["up_proj", "sparse-90"]]}
+    smaller = "mxfp4" if not format.startswith("mxfp4") else {"default": "mxfp4", "rules": [["up_proj", "sparse-90"]]}
     yield specdec.load(folder, "ngram", **options)
     yield specdec.load(folder, str(folder), draft_quantize="int4", **options)
     yield specdec.load(folder, "self_quant", drafter_options={"scheme": smaller}, **options)
