@@ -101,7 +101,8 @@ class SpeculativeDecoder:
                 f"the {verifier.name} verifier cannot take {what} from the {drafter.name} drafter; "
                 f"these can: {', '.join(fitting_verifiers(drafter, policy))}"
             )
-        lacking = self.backend.capabilities.lacks(trees=policy.branches, hidden=drafter.hidden)
+        nodes = policy.start().plan().num_nodes if policy.branches else 0
+        lacking = self.backend.capabilities.lacks(trees=policy.branches, nodes=nodes, hidden=drafter.hidden)
         if lacking is not None:
             raise IncompatiblePairError(
                 f"the {drafter.name} drafter with policy {policy.name} wants more than there is: the target's backend "

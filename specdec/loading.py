@@ -15,7 +15,9 @@ from transformers.utils import cached_file
 
 from specdec import registry
 from specdec.drafter import BuildContext, Drafter
+from specdec.dtypes import dtype_name
 from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelError
+from specdec.export.manifest import is_artifact
 from specdec.quant.hf import METHOD, QuantConfig, is_ours
 from specdec.quant.recipe import Recipe
 
@@ -98,11 +100,13 @@ def load_model(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A causal LM from a folder or hub id, in evaluation mode. `quantize`: whatever `Recipe.of` takes.
+    """A causal LM from a folder or hub id, in evaluation mode; of an artefact what stands for it. `quantize`: whatever `Recipe.of` takes.
 
     Raises `UnsupportedModelError` for weights that are pickled, damaged or incomplete, and for stored weights of a
     library that is not installed.
     """
+    if is_artifact(source):
+        return _open_artifact(source, device, dtype, quantize)
     device = torch.device(device) if device is not None else default_device()
     kwargs = {**_quantisation(source, quantize, trust_remote_code, kwargs), **kwargs}
     try:
@@ -135,6 +139,19 @@ def load_model(
     if "device_map" not in kwargs:
         model = model.to(device)
     return model.eval()
+
+
+def _open_artifact(source: str | Path, device: Any, dtype: Any, quantize: Any) -> Any:
+    """What was exported, in place of a model. `InputError` for what was settled when it was exported."""
+    from specdec.export.artifact import ArtifactModel  # seldom needed
+
+    if quantize is not None:
+        raise InputError(f"{source} is an artefact: its weights are stored as they were exported; leave quantize out")
+    model = ArtifactModel.open(source)
+    wanted = choose_dtype(dtype, model.device)
+    if wanted not in ("auto", model.dtype) or torch.device(device or "cpu").type != "cpu":
+        raise InputError(f"{source} is an artefact for {dtype_name(model.dtype)} on the CPU; leave dtype and device out")
+    return model
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:

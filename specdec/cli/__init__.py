@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": "our loop, transformers and other engines, timed in turns",
     "generate": "continue a prompt",
     "train": "train a drafter for a target",
+    "export": "a model as ahead-of-time graphs that run without its weights",
     "quantize": "store a model's weights in fewer bits",
     "tree": "fit a draft tree to a pair and this machine",
     "vocab": "choose the tokens that a draft predicts",

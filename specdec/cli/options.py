@@ -62,6 +62,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, loads: bool = True) ->
         help="an option of the drafter; repeatable",
     )
     if loads:
+        group.add_argument("--artifact", metavar="DIR", help="a target written by `specdec export`")
+        group.add_argument("--drafter-artifact", metavar="DIR", help="the same for a model that drafts")
         add_quantize_options(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     group.add_argument(
@@ -154,6 +156,20 @@ def build_policy(arguments: argparse.Namespace) -> Policy:
     return policy
 
 
+def _take_artifacts(arguments: argparse.Namespace) -> None:
+    """An artefact stands in for the model of its option from here on."""
+    for option, replaced in (("artifact", "target"), ("drafter_artifact", "drafter")):
+        folder = getattr(arguments, option, None)
+        if folder is None:
+            continue
+        if getattr(arguments, replaced) not in (None, folder):
+            raise InputError(f"--{option.replace('_', '-')} stands for a --{replaced}: give one of them")
+        from specdec.export.manifest import Manifest
+
+        Manifest.read(folder, check_files=False)  # a mistyped folder is no hub id
+        setattr(arguments, replaced, folder)
+
+
 def describe_target(arguments: argparse.Namespace) -> str:
     return arguments.target or "embedded"
 
@@ -178,6 +194,7 @@ def build_decoder(arguments: argparse.Namespace, **more: Any) -> SpeculativeDeco
     import specdec
     from specdec.loading import EMBEDDED
 
+    _take_artifacts(arguments)
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise InputError(f"--threads is a whole number >= 1, not {arguments.threads}")

@@ -95,6 +95,9 @@ class PackedLinear(nn.Module):
 
 def num_parameters(model: nn.Module) -> int:
     """Weights of a model, those that are stored in fewer bits included."""
+    exported: int | None = getattr(model, "exported_parameters", None)
+    if exported is not None:  # graphs of a model, which hold its weights where nobody sees them
+        return exported
     stored = (module for module in model.modules() if isinstance(module, PackedLinear))
     return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in stored)
 

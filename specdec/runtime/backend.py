@@ -28,14 +28,17 @@ class Capabilities:
     device: torch.device
     dtype: torch.dtype
     trees: bool = True  # whether rows may see any earlier rows of a step, or only all of them
+    nodes: int | None = None  # the largest tree that it has room for at the end of the context; None: any
     hidden: tuple[int, ...] | None = None  # the hidden states that steps may ask for; None: any, (): none
     widths: tuple[int, ...] | None = None  # rows of its graphs: wider steps run in several. None: any number of rows
     input_width: int = 0  # of what each row reads besides its token; 0: nothing
 
-    def lacks(self, *, trees: bool = False, hidden: Sequence[int] = ()) -> str | None:
+    def lacks(self, *, trees: bool = False, nodes: int = 0, hidden: Sequence[int] = ()) -> str | None:
         """What is wanted and not there, in a few words; None when all is."""
         if trees and not self.trees:
             return "verifies chains only"
+        if trees and self.nodes is not None and nodes > self.nodes:
+            return f"has room for trees of {self.nodes} nodes, not {nodes}"
         missing = [] if self.hidden is None else [i for i in hidden if i not in self.hidden]
         if missing:
             given = f"gives {', '.join(map(str, self.hidden))} only" if self.hidden else "gives none"
@@ -177,7 +180,10 @@ class Backend(ABC):
 
     @abstractmethod
     def gather(self, slots: Sequence[int], start: int) -> None:
-        """Make `slots` contiguous from `start`; what lies behind them is free."""
+        """Make `slots`, all different, contiguous from `start`.
+
+        What lies behind them is free afterwards, and so is each of `slots` that lies before `start`.
+        """
 
     @abstractmethod
     def fork(self, length: int) -> Self:

@@ -29,7 +29,10 @@ _PROBE_ROWS = 5
 def open_backend(
     model: Any, name: str | None = None, numerics: str | None = None, kv_cache: str | None = None, **options: Any
 ) -> Backend:
-    """The backend of that name on a loaded model; None takes `compiled` (on a GPU `cuda`) where it runs, else `eager`.
+    """The backend of that name on a loaded model.
+
+    None takes the one that the model says runs it (`specdec_backend`), else `compiled` (on a GPU `cuda`) where it runs,
+    else `eager`.
 
     numerics="invariant" wants a row's bits to be independent of the rows beside it, and refuses where that cannot be
     had; "fast" allows stock products; None is invariant where our own kernels run. kv_cache: how keys and values are
@@ -40,6 +43,10 @@ def open_backend(
         options["kv_cache"] = kv_cache
     if numerics not in (None, *NUMERICS):
         raise InputError(f"numerics must be one of {NUMERICS} or None, not {numerics!r}")
+    own = getattr(model, "specdec_backend", None)
+    if own is not None and name not in (None, own):
+        raise UnsupportedModelError(f"{type(model).__name__} runs on the {own} backend; leave backend={name!r} out")
+    name = name or own
     if name is None:
         on_gpu = next(model.parameters()).device.type == "cuda"
         name = "cuda" if on_gpu else "eager" if numerics == "fast" else "compiled"

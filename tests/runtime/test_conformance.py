@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import tiny_artifacts
 import tiny_models
 import torch
 from specdec.drafters import ModelDrafter
@@ -34,9 +35,7 @@ PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
 TREE = TokenTree.of([9, 8, 7, 6, 5, 4], [-1, -1, 0, 1, 1, 4])
 
 
-@cache
-def model() -> Any:
-    return tiny_models.tiny("mistral", dtype=torch.float32)
+model = tiny_artifacts.model
 
 
 def _compiled(model: Any) -> Backend:
@@ -50,7 +49,11 @@ def _cuda(model: Any) -> Backend:
 
 
 #: How a backend is opened here; a third party's is opened as users do.
-OPEN: dict[str, Callable[[Any], Backend]] = {"compiled": _compiled, "cuda": _cuda}
+OPEN: dict[str, Callable[[Any], Backend]] = {
+    "compiled": _compiled,
+    "cuda": _cuda,
+    "executorch": lambda model: tiny_artifacts.opened(),
+}
 
 
 @cache
@@ -96,7 +99,7 @@ def counts(capabilities: Capabilities) -> list[int]:
 
 
 def test_every_backend_is_opened_here() -> None:
-    assert {"eager", "compiled", "cuda"} <= set(BACKENDS)
+    assert {"eager", "compiled", "cuda", "executorch"} <= set(BACKENDS)
 
 
 def test_the_report_is_that_of_the_model(backend: Backend, stock: Backend) -> None:
@@ -168,8 +171,11 @@ def test_gathered_slots_are_those_that_were_named(backend: Backend, stock: Backe
     for slots, start in (([2], 5), ([5], 2), ([6, 8, 9], 5), ([9, 4], 3), ([0, 1, 2], 0), ([7, 8], 8)):
         mine, theirs = backend.fork(0), stock.fork(0)
         both(mine, theirs, chain(text, 0))
-        mine.gather(slots, start)
-        theirs.gather(slots, start)
+        for each in (mine, theirs):
+            each.gather(slots, start)
+            for slot in slots:
+                if slot < start:  # was moved away: it is to be written anew
+                    each.forward(chain([33], slot))
         both(mine, theirs, chain([5, 6], start + len(slots)))
 
 
@@ -278,11 +284,19 @@ def test_texts_are_those_of_eager(backend: Backend, policy: Fixed) -> None:
 def test_what_a_backend_lacks_is_refused_before_work_starts() -> None:
     full = Capabilities(64, 128, torch.device("cpu"), torch.float32)
     assert full.lacks(trees=True, hidden=(0, 5)) is None
+    assert replace(full, nodes=3).lacks(trees=True, nodes=3) is None
+    assert replace(full, nodes=3).lacks(trees=True, nodes=4) == "has room for trees of 3 nodes, not 4"
     poor = replace(full, trees=False, hidden=(1,))
     assert poor.lacks(hidden=(1,)) is None
     assert poor.lacks(trees=True) == "verifies chains only"
     assert "hidden state 2 of the target (gives 1 only)" in str(poor.lacks(hidden=(1, 2)))
     assert "gives none" in str(replace(full, hidden=()).lacks(hidden=(0,)))
+
+
+def replaced(backend: EagerBackend, **changes: Any) -> EagerBackend:
+    made = EagerBackend.open(backend.model)
+    made._capabilities = replace(made.capabilities, **changes)
+    return made
 
 
 class ChainsOnly(EagerBackend):
@@ -303,3 +317,7 @@ def test_policies_and_drafters_meet_the_capabilities() -> None:
     with pytest.raises(IncompatiblePairError, match="hidden state 2 of the target"):
         made.generate(PROMPT, drafter=reading, policy=Fixed(2))
     assert made.generate(PROMPT, policy=Fixed(2), max_new_tokens=4).tokens  # a chain is fine
+    made.backend = replaced(made.backend, nodes=5)
+    assert made.generate(PROMPT, policy=Fixed(2, (2,)), max_new_tokens=4).tokens
+    with pytest.raises(IncompatiblePairError, match="room for trees of 5 nodes, not 15"):
+        made.generate(PROMPT, policy=Fixed(2, (3, 4)))

@@ -1,0 +1,158 @@
+"""`specdec export`: a model as graphs of fixed width that run without its weights."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from specdec.cli import options, screen
+from specdec.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+    from specdec.export.manifest import Manifest
+
+BACKENDS = ("executorch",)
+
+_EXAMPLES = """\
+examples:
+  specdec export --out target.artifact                        the embedded target
+  specdec export org/model --prefill-len 32 --k 0,3,7 --max-seq-len 512 --out model.artifact
+  specdec export org/draft --k 0,1 --out draft.artifact       a draft: one row, and two after full acceptance
+  specdec generate "def f(" --artifact model.artifact --drafter ngram
+  specdec compare --artifact model.artifact --drafter-artifact draft.artifact
+
+A dozen layers take minutes. The same model with the same options is exported once, and found from then on.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "export",
+        help="a model as ahead-of-time graphs",
+        description="Write a model as one program of fixed-width graphs (prefill, decode, verification of k tokens) "
+        "that share weights, keys and values, with its tokenizer and a manifest.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "target", nargs="?", metavar="TARGET", help="hub id or folder (default: the embedded pair's target)"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="executorch", help="(default: executorch)")
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: kept by key in the cache folder)")
+    group = parser.add_argument_group("graphs")
+    group.add_argument(
+        "--prefill-len", type=int, default=32, metavar="N",
+        help="rows of the graph that reads prompts; 1: none, the decode graph reads them (default: 32)",
+    )  # fmt: skip
+    group.add_argument(
+        "--k", type=options.whole_numbers, default=(0, 3, 6), metavar="K,K",
+        help="drafted tokens per verification, a graph of k + 1 rows for each (default: 0,3,6)",
+    )  # fmt: skip
+    group.add_argument("--max-seq-len", type=int, default=512, metavar="N", help="the context (default: 512)")
+    group.add_argument(
+        "--max-nodes", type=int, default=32, metavar="N", help="the largest tree that is verified (default: 32)"
+    )
+    group.add_argument(
+        "--hidden", type=options.whole_numbers, default=(), metavar="I,I",
+        help="hidden states that graphs return, for drafters that read them (eagle, medusa, parallel)",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention", choices=("custom", "plain"), default="custom",
+        help="by ExecuTorch's operators for language models, or in core operators (default: custom)",
+    )  # fmt: skip
+    group.add_argument(
+        "--delegate",
+        choices=("xnnpack", "portable"),
+        default="xnnpack",
+        help="of the products (default: xnnpack)",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--json", metavar="FILE", help="write the manifest")
+    parser.set_defaults(run=run)
+
+
+@contextmanager
+def _stages(console: Console) -> Iterator[Callable[[str], None]]:
+    """The stage at work with its seconds, and one line for each that is over."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    )
+    task, current, began = bar.add_task("looking at the model", total=None), "", time.monotonic()
+
+    def finish() -> None:
+        if current:
+            console.print(f"{current}: {time.monotonic() - began:.1f} s", style="dim", markup=False)
+
+    def tell(stage: str) -> None:
+        nonlocal current, began
+        finish()
+        current, began = stage, time.monotonic()
+        bar.reset(task, description=stage)
+
+    with bar:
+        yield tell
+        finish()
+
+
+def _show(console: Console, folder: str, manifest: Manifest) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    sizes, coverage = manifest.about["sizes"], manifest.about["coverage"]
+    model, given = manifest.model, manifest.options
+    table.add_row("model", f"{model['class']}, {model['parameters'] / 1e6:.1f}M weights in {model['dtype']}")
+    for method in given.methods:
+        found = coverage[method.name]
+        table.add_row(
+            method.name,
+            f"{method.width} rows, {found['delegated']} operators in {found['delegates']} parts of {given.delegate}, "
+            f"{found['outside']} outside",
+        )
+    share = sizes["program_bytes"] / sizes["weight_bytes"]
+    table.add_row("program", f"{sizes['program_bytes'] / 1e6:.1f} MB, {share:.2f} times the weights")
+    table.add_row("keys, values", f"{sizes['slot_bytes'] / 1e6:.1f} MB for {given.max_seq_len} positions")
+    table.add_row("made in", f"{manifest.about['total_seconds']:.0f} s")
+    table.add_row("key", manifest.key)
+    table.add_row("folder", folder)
+    console.print(table)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    screen.check_writable(arguments.json)
+    screen.quiet(arguments)
+    from specdec.export.artifact import export
+    from specdec.export.manifest import Manifest, is_artifact
+    from specdec.export.options import Options
+    from specdec.loading import EMBEDDED, load_model, load_tokenizer
+
+    given = Options(
+        prefill_len=arguments.prefill_len,
+        k=arguments.k,
+        max_seq_len=arguments.max_seq_len,
+        max_nodes=arguments.max_nodes,
+        hidden=arguments.hidden,
+        attention=arguments.attention,
+        delegate=arguments.delegate,
+    )
+    source = arguments.target or str(EMBEDDED / "target")
+    if is_artifact(source):
+        raise InputError(f"{source} is an artefact already; export starts from the model")
+    out, err = screen.consoles()
+    with _stages(err) as tell:
+        model = load_model(source, device="cpu", dtype="float32", trust_remote_code=arguments.trust_remote_code)
+        tokenizer = load_tokenizer(source, arguments.trust_remote_code)
+        folder = export(model, given, tokenizer=tokenizer, out=arguments.out, tell=tell)
+    manifest = Manifest.read(folder)
+    _show(out, str(folder), manifest)
+    screen.write_json(arguments.json, {**manifest.contract, "files": manifest.files, "about": manifest.about})
+    return 0

@@ -1,0 +1,205 @@
+"""Export a model to a folder, and open such a folder in place of the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+
+import specdec
+from specdec.errors import InputError, UnsupportedModelError
+from specdec.export import folder as folders
+from specdec.export import lower as lowering
+from specdec.export.manifest import FILE, PROGRAM, ArtifactError, Manifest, key_of, listed
+from specdec.export.options import Options
+from specdec.export.step import StaticStep
+from specdec.quant.linear import num_parameters
+from specdec.vocabulary import output_size
+
+
+class ArtifactModel(nn.Module):
+    """What stands for the model of an artefact wherever one is wanted: its configurations, and no weights.
+
+    `specdec_backend` says what runs it; `specdec.load(folder)` and `ModelDrafter(ArtifactModel.open(folder))` do.
+    """
+
+    specdec_backend = "executorch"
+    input_width = 0
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, manifest: Manifest, config: Any, generation_config: Any):
+        super().__init__()
+        self.folder, self.manifest = folder, manifest
+        self.config, self.generation_config = config, generation_config
+        self.eval()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ArtifactModel:
+        """Raises `ArtifactError`, naming the field, for a folder that is not what its manifest says."""
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        config = AutoConfig.from_pretrained(str(folder))
+        try:
+            generation = GenerationConfig.from_pretrained(str(folder))
+        except OSError:  # the model had none
+            generation = GenerationConfig.from_model_config(config)
+        return cls(folder, manifest, config, generation)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.manifest.model["dtype"])
+        return dtype
+
+    @property
+    def exported_parameters(self) -> int:
+        return int(self.manifest.model["parameters"])
+
+    def get_output_embeddings(self) -> nn.Module:
+        """A head without weights, for those who ask how many tokens there are."""
+        with torch.device("meta"):
+            return nn.Linear(1, int(self.manifest.model["vocab_size"]), bias=False)
+
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        raise UnsupportedModelError(
+            f"{self.folder} holds graphs of fixed shape and no weights; decode with it, or load the original model"
+        )
+
+
+def model_hash(model: nn.Module) -> str:
+    """Of the configuration and every weight, by name: the same hash means the same logits."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def contract_of(model: Any, step: StaticStep, options: Options) -> dict[str, Any]:
+    """All that a program of this model and these options depends on, as plain data."""
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "backend": "executorch",
+        "options": options.as_dict(),
+        "model": {
+            "class": type(model).__name__,
+            "sha256": model_hash(model),
+            "parameters": num_parameters(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "vocab_size": output_size(model),
+            "hidden_size": int(config.hidden_size),
+            "attention_kinds": list(step.kinds),
+            "sliding_window": getattr(config, "sliding_window", None),
+            "slots": [[shape.heads, shape.key_size, shape.value_size] for shape in step.shapes],
+        },
+        "versions": {
+            "executorch": lowering.installed_version(),
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+            "specdec": specdec.__version__,
+        },
+    }
+
+
+def check_exportable(model: Any, options: Options) -> None:
+    """Raise `InputError` or `UnsupportedModelError` for what cannot work, before minutes are spent."""
+    if model.dtype != torch.float32 or next(model.parameters()).device.type != "cpu":
+        raise InputError("an export starts from a float32 model on the CPU: load it with dtype='float32', device='cpu'")
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and options.max_seq_len > context:
+        raise InputError(f"max_seq_len is {options.max_seq_len}, and the model's context is {context}")
+    bad = [i for i in options.hidden if not 0 <= i <= config.num_hidden_layers]
+    if bad:
+        raise InputError(f"hidden state {bad[0]}: the model has those from 0 to {config.num_hidden_layers}")
+
+
+def export(
+    model: Any,
+    options: Options | None = None,
+    *,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    tell: lowering.Tell = lambda _: None,
+) -> Path:
+    """Write a float32 model as an artefact, and return its folder: `out`, or one kept by key.
+
+    The same model with the same options and versions is exported once: later calls find it. Nothing is there under its
+    name until all of it is. Minutes for a dozen layers; `tell` hears of each stage.
+
+    Lossless: yes; greedy texts are those of the model but for ties within float32 rounding.
+    Raises `InputError` for options that do not fit, `UnsupportedModelError` for models that cannot be exported.
+    """
+    options = options or Options()
+    check_exportable(model, options)
+    if out is not None:
+        folders.check_free(Path(out))
+    lowering.installed_version()
+    step = StaticStep(model, options.num_slots, hidden=options.hidden, attention=options.attention)
+    contract = contract_of(model, step, options)
+    kept = folders.artifacts_folder() / key_of(contract)
+    if not _is_whole(kept):
+        _write(kept, model, tokenizer, step, options, contract, tell)
+    else:
+        tell("found among those made before")
+    if out is None:
+        return kept
+    folders.duplicate(kept, Path(out))
+    return Path(out)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an earlier export can be used; a damaged one is removed."""
+    if not folder.exists():
+        return False
+    try:
+        Manifest.read(folder)
+    except ArtifactError:
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        return False
+    return True
+
+
+def _write(
+    target: Path,
+    model: Any,
+    tokenizer: Any,
+    step: StaticStep,
+    options: Options,
+    contract: dict[str, Any],
+    tell: lowering.Tell,
+) -> None:
+    started = time.perf_counter()
+    with folders.aside(target) as made:
+        about = lowering.lower(step, options, contract, made / PROGRAM, tell)
+        model.config.save_pretrained(made)
+        if model.can_generate():
+            model.generation_config.save_pretrained(made)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        files = listed(made)
+        sizes = {
+            "program_bytes": files[PROGRAM]["bytes"],
+            "weight_bytes": sum(p.nbytes for p in model.parameters()),
+            "slot_bytes": step.bytes_per_token * (options.num_slots + 1),
+        }
+        about |= {
+            "sizes": sizes,
+            "total_seconds": round(time.perf_counter() - started, 2),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        Manifest(contract, files, about).write(made)  # last: a folder without one is nothing
+        assert (made / FILE).is_file()

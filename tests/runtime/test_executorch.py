@@ -1,0 +1,237 @@
+"""Artefacts of ExecuTorch decode as the model does: every drafter, trees, draft artefacts, batches, reused prompts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_artifacts
+import tiny_models
+import torch
+from specdec.drafters import ModelDrafter
+
+import specdec
+from specdec import registry
+from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelError
+from specdec.export.options import Method, Options
+from specdec.policy import Fixed
+from specdec.runtime.session import Session
+from specdec.tree import TokenTree
+from specdec.tree_policy import StaticTree
+
+PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
+
+
+@pytest.fixture(scope="module")
+def artifact() -> Any:
+    tiny_artifacts.needs_executorch()
+    from specdec.export.artifact import ArtifactModel
+
+    return ArtifactModel.open(tiny_artifacts.export(tiny_artifacts.model()))
+
+
+@pytest.fixture(scope="module")
+def decoder(artifact: Any) -> specdec.SpeculativeDecoder:
+    draft = ModelDrafter(tiny_models.noisy(tiny_artifacts.model(), 0.02), backend="eager")
+    return specdec.SpeculativeDecoder(artifact, drafter=draft, policy=Fixed(3))
+
+
+def expected(prompt: list[int], count: int, **options: Any) -> list[int]:
+    return tiny_models.reference(tiny_artifacts.model(), prompt, count, **options)
+
+
+# Cutting steps into graphs needs no ExecuTorch.
+
+
+@pytest.mark.parametrize("rows", range(1, 45))
+def test_a_plan_covers_every_row_once_and_finds_all_logits(rows: int) -> None:
+    from specdec.runtime.backends.executorch import plan
+
+    full = (Method("step_1", 1), Method("step_4", 4))
+    for methods in (full, (*full, Method("prefill_16", 16, True))):
+        for wanted in {1, 2, 5, rows} & set(range(1, rows + 1)):
+            runs = list(plan(methods, rows, wanted))
+            assert [run.start for run in runs] == [0, *(run.end for run in runs[:-1])]
+            assert runs[-1].end == rows
+            assert all(0 < run.end - run.start <= run.method.width for run in runs)
+            assert sum(run.num_logits for run in runs) == wanted
+            assert all(run.num_logits <= 1 for run in runs if run.method.one_logit)
+            wide = 16 if len(methods) == 3 else 4
+            assert len(runs) <= (rows - wanted) // wide + -(-wanted // 4) + 2
+
+
+def test_a_prompt_goes_through_the_wide_graph_and_a_verification_through_the_narrowest() -> None:
+    from specdec.runtime.backends.executorch import plan
+
+    methods = Options(prefill_len=32, k=(0, 3, 6)).methods
+    assert [m.name for m in methods] == ["step_1", "step_4", "step_7", "prefill_32"]
+
+    def names(rows: int, wanted: int) -> list[str]:
+        return [run.method.name for run in plan(methods, rows, wanted)]
+
+    assert names(1, 1) == ["step_1"]
+    assert names(3, 3) == ["step_4"]
+    assert names(5, 5) == ["step_7"]
+    assert names(70, 1) == ["prefill_32", "prefill_32", "step_7"]
+    assert names(9, 9) == ["step_7", "step_4"]
+
+
+# Decoding on an artefact.
+
+
+def test_plain_and_speculative_texts_are_those_of_the_model(decoder: specdec.SpeculativeDecoder) -> None:
+    for options in ({}, {"temperature": 1.0, "seed": 5}, {"temperature": 0.7, "top_k": 8, "repetition_penalty": 1.2}):
+        text = expected(PROMPT, 40, **options)
+        assert decoder.generate_plain(PROMPT, max_new_tokens=40, **options).tokens == text
+        out = decoder.generate(PROMPT, max_new_tokens=40, strict=True, **options)
+        assert out.tokens == text
+        assert 0.2 < out.stats.draft_acceptance_rate < 1  # both acceptance and rejection were met
+
+
+@pytest.mark.parametrize("name", ["model", "ngram", "suffix", "lookahead", "hybrid", "self", "none"])
+def test_every_drafter_of_chains_and_trees_keeps_the_text(decoder: specdec.SpeculativeDecoder, name: str) -> None:
+    made = {
+        "model": lambda: decoder.drafter,
+        "self": lambda: ModelDrafter(decoder.target),  # the artefact drafts for itself: texts take turns in one program
+        "hybrid": lambda: registry.create("drafter", "hybrid", retrieval="ngram", neural=decoder.drafter),
+    }.get(name, lambda: registry.create("drafter", name))()
+    text = expected(PROMPT, 30)
+    trees = (Fixed(3, (3, 2)), StaticTree((-1, -1, 0, 0, 1, 2, 2, 5))) if made.trees else ()
+    for policy in (Fixed(1), Fixed(3), Fixed(7), *trees):
+        out = decoder.generate(PROMPT, max_new_tokens=30, strict=True, drafter=made, policy=policy)
+        assert out.tokens == text, policy.name
+
+
+def test_an_artifact_drafts_for_a_model_in_torch(artifact: Any) -> None:
+    target = tiny_models.noisy(tiny_artifacts.model(), 0.02)
+    text = tiny_models.reference(target, PROMPT, 30)
+    accepted = []
+    for draft in (ModelDrafter(artifact), ModelDrafter(tiny_artifacts.model(), backend="eager")):
+        out = specdec.SpeculativeDecoder(target, drafter=draft, policy=Fixed(3)).generate(PROMPT, max_new_tokens=30)
+        assert out.tokens == text
+        accepted.append(out.stats.num_accepted_draft_tokens)
+    assert accepted[0] == accepted[1] > 0  # the same draft, on another backend
+
+
+def test_texts_take_turns_in_one_program(decoder: specdec.SpeculativeDecoder) -> None:
+    prompts = [[3, 5, 7], [8, 9], [1, 2, 3, 4, 5], [60]]
+    texts = [out.tokens for out in decoder.generate(prompts, max_new_tokens=12, strict=True)]
+    assert texts == [expected(prompt, 12) for prompt in prompts]
+
+
+def test_one_text_exchanges_nothing(decoder: specdec.SpeculativeDecoder) -> None:
+    program = decoder.backend.family
+    before = program.num_swaps
+    decoder.generate(PROMPT, max_new_tokens=30, reuse_prefix=False)
+    assert program.num_swaps == before + 1
+
+
+def test_a_committed_branch_copies_nothing(artifact: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specdec.runtime.backends.executorch import ExecutorchBackend
+
+    session = Session(tiny_artifacts.opened().fork(0))
+    session.append(PROMPT)
+    session.forward(TokenTree.of([9, 8, 7], [-1, -1, 1]))
+    called: list[str] = []
+    program = session.backend._program
+    execute = program.execute
+    monkeypatch.setattr(program, "execute", lambda name, inputs: called.append(name) or execute(name, inputs))
+    session.commit([1, 2], [8, 7, 6])
+    assert called == []
+    row = session.forward().logits[-1]
+    assert called == ["step_1"]
+    torch.testing.assert_close(
+        row, tiny_models.cache_free(tiny_artifacts.model(), [*PROMPT, 8, 7, 6]), rtol=1e-4, atol=1e-4
+    )
+    assert isinstance(session.backend, ExecutorchBackend)
+
+
+def test_what_was_not_exported_is_refused(decoder: specdec.SpeculativeDecoder, artifact: Any) -> None:
+    with pytest.raises(IncompatiblePairError, match="room for trees of 16 nodes, not 39"):
+        decoder.generate(PROMPT, policy=Fixed(3, (3, 3, 3)))
+    with pytest.raises(InputError, match=r"hidden state 0 .*gives 1, 2 only.*--hidden 0,1,2"):
+        decoder.backend.expose((0,))
+    with pytest.raises(UnsupportedModelError, match=r"runs exported artefacts.*specdec export"):
+        specdec.SpeculativeDecoder(tiny_artifacts.model(), backend="executorch")
+    with pytest.raises(UnsupportedModelError, match="runs on the executorch backend"):
+        specdec.SpeculativeDecoder(artifact, backend="eager")
+    with pytest.raises(UnsupportedModelError, match="no weights"):
+        artifact(torch.zeros(1, 1))
+    with pytest.raises(InputError, match="the prompt has 96 tokens"):
+        decoder.generate([1] * 96)
+
+
+def test_memory_is_told(decoder: specdec.SpeculativeDecoder) -> None:
+    backend = decoder.backend.fork(0)
+    shape = tiny_artifacts.model().config
+    size = shape.hidden_size // shape.num_attention_heads
+    assert backend.bytes_per_token == 2 * 2 * shape.num_key_value_heads * size * 4
+    assert backend.num_bytes == 0
+    assert backend.bytes_for(1) == backend.bytes_for(96) == backend.bytes_per_token * (96 + 16 + 1)
+    session = Session(backend)
+    session.append(PROMPT)
+    session.forward()
+    assert backend.num_bytes == backend.bytes_for(96)
+
+
+# The negative control of shared buffers, and the size of several graphs.
+
+
+def _sizes_and_faults(folder: Path) -> str:
+    """In a process of its own, for the fault is one of memory."""
+    return f"""
+import torch, tiny_models, sys
+from pathlib import Path
+from dataclasses import replace
+from specdec.export import lower
+from specdec.export.options import Options
+from specdec.export.step import StaticStep, HIDDEN
+model = tiny_models.tiny("llama", dtype=torch.float32, num_hidden_layers=1, hidden_size=256, intermediate_size=512)
+sizes = {{}}
+for k, prefill in (((0,), 1), ((0, 3), 8)):
+    options = Options(prefill_len=prefill, k=k, max_seq_len=32, max_nodes=0)
+    step = StaticStep(model, options.num_slots)
+    lower.load_operators()
+    lowered = lower.Lowered(lower.trace(step, options), options, {{}})
+    for shared in (True, False):
+        lowered.options = replace(options, share_buffers=shared)
+        path = Path({str(folder)!r}) / f"{{len(k)}}{{shared}}.pte"
+        lowered.write(path)
+        sizes[path.stem] = path.stat().st_size
+print(sizes["1True"], sizes["2True"], sum(p.nbytes for p in model.parameters()))
+from executorch.runtime import Runtime
+tokens = [3, 5, 7, 9, 11]
+right = tiny_models.cache_free(model, tokens)
+for shared in (True, False):
+    program = Runtime.get().load_program(Path({str(folder)!r}) / f"2{{shared}}.pte")
+    run = {{name: program.load_method(name) for name in ("prefill_8", "step_1", "swap")}}
+    run["swap"].execute([torch.zeros(1, 33, h, 64) for h in (2, 2)])
+    mask = torch.full((8, 33), HIDDEN)
+    mask[:4, :4] = torch.where(torch.ones(4, 4).tril() > 0, 0.0, HIDDEN)
+    slots = torch.tensor([0, 1, 2, 3] + [32] * 4)
+    ids = torch.tensor(tokens[:4] + [0] * 4)
+    run["prefill_8"].execute([ids, torch.arange(8), slots, torch.tensor([3]), mask])
+    mask = torch.full((1, 33), HIDDEN)
+    mask[0, :5] = 0
+    at = torch.tensor([4])
+    logits = run["step_1"].execute([torch.tensor(tokens[4:]), at, at, mask])[0][0]
+    print(float((logits - right).abs().max() / right.abs().max()))
+"""
+
+
+def test_weights_are_stored_once_and_without_shared_buffers_it_is_wrong(tmp_path: Path) -> None:
+    tiny_artifacts.needs_executorch()
+    tests = Path(tiny_models.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _sizes_and_faults(tmp_path)],
+        capture_output=True, text=True, cwd=tests, check=True,
+    )  # fmt: skip
+    sizes, right, wrong = done.stdout.strip().splitlines()[-3:]
+    one, three, weights = map(int, sizes.split())
+    assert one >= weights
+    assert three <= 1.05 * one
+    assert float(right) < 1e-4
+    assert not float(wrong) < 1e-2  # NaN too
