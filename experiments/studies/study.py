@@ -77,6 +77,12 @@ def interval(groups: Sequence[tuple[float, float]], seed: int = 0) -> dict[str, 
     return {"mean": ratio(groups), "low": found[int(0.025 * RESAMPLES)], "high": found[int(0.975 * RESAMPLES)]}
 
 
+def change(pairs: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """How much more the ratio of the first is, on the same prompts with the same counts below."""
+    assert all(a[1] == b[1] for a, b in zip(pairs, others, strict=True))
+    return interval([(a[0] - b[0], a[1]) for a, b in zip(pairs, others, strict=True)])
+
+
 def acceptance(made: Sequence[Generation]) -> dict[str, Any]:
     """Over all rounds of all texts; `tokens_per_round` has its interval over prompts."""
     stats = summarize(rounds_of(made), sum(len(text.tokens) for text in made))
@@ -140,22 +146,20 @@ class Rows:
         return self.found[name]
 
 
-def publish(args: argparse.Namespace, name: str, title: str, text: str) -> None:
-    """`NAME.md` in the output folder, dated, with the command that made it.
+def publish(args: argparse.Namespace, name: str, title: str, text: str, made: str | None = None) -> None:
+    """`NAME.md` in the output folder, dated. `made`: the command and circumstances; by default this one, on one thread.
 
     What the figures mean is written by hand under the page's last heading, and kept when the study is run again.
     """
-    today, versions = datetime.date.today().isoformat(), provenance.versions()
-    command = " ".join(["python experiments/studies/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    today = datetime.date.today().isoformat()
+    if made is None:
+        command = " ".join(["python experiments/studies/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+        stated = ", ".join(f"{key} {number}" for key, number in provenance.versions().items())
+        made = f"`{command}` ({stated}; CPU, float32, one thread; not timed)"
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / f"{name}.md"
     heading = "## What it means\n"
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     meaning = old.split(heading, 1)[1].lstrip() if heading in old else "Not written yet.\n"
-    stated = ", ".join(f"{key} {number}" for key, number in versions.items())
-    page.write_text(
-        f"# {title}, {today}\n\n`{command}` ({stated}; CPU, float32, one thread; not timed)\n\n{text}\n{heading}\n"
-        f"{meaning}",
-        encoding="utf-8",
-    )
+    page.write_text(f"# {title}, {today}\n\n{made}\n\n{text}\n{heading}\n{meaning}", encoding="utf-8")
     print(text)

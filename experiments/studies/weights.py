@@ -25,7 +25,6 @@ from specdec.generation import Generation
 from specdec.policy import Fixed
 from specdec.quant.linear import PackedLinear
 from specdec.quant.methods import calibration, prepare_model
-from specdec.quant.methods.method import rounds_activations
 from specdec.quant.pruning import magnitude, wanda
 from specdec.runtime.copies import with_layers
 
@@ -67,7 +66,7 @@ def dense(model: Any) -> Any:
     """The same weights in ordinary float32 layers; layers that round their inputs too (int8) stay as they are."""
 
     def make(name: str, layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, PackedLinear) or rounds_activations(layer.format):
+        if not isinstance(layer, PackedLinear) or layer.format.rounds_rows:
             return None
         made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         made.weight = nn.Parameter(layer.weight_in(torch.float32), requires_grad=False)
@@ -82,8 +81,11 @@ def dense(model: Any) -> Any:
 
 
 @torch.inference_mode()
-def overlap(target: Any, draft: Any, texts: Sequence[Generation], greedy: bool) -> dict[str, float]:
-    """Along texts, before each new token: sum min(p, q) at temperature 1, or how often first choices agree."""
+def overlap(target: Any, draft: Any, texts: Sequence[Generation], greedy: bool) -> list[tuple[float, int]]:
+    """Along each text, before each new token: sum min(p, q) at temperature 1, or whether the first choices agree.
+
+    The sum over the text, and the number of its tokens.
+    """
     pairs = []
     for text in texts:
         row = torch.tensor([text.prompt + text.tokens])
@@ -95,7 +97,7 @@ def overlap(target: Any, draft: Any, texts: Sequence[Generation], greedy: bool) 
             else torch.minimum(p_TV.softmax(-1), q_TV.softmax(-1)).double().sum(-1)
         )
         pairs.append((float(same_T.sum()), len(same_T)))
-    return study.interval(pairs)
+    return pairs
 
 
 def measure(
@@ -146,16 +148,28 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    header = ["weights", "changed", "tokens per round", "the full target's text", "overlap along that text"]
+    header = [
+        "weights",
+        "changed",
+        "tokens per round",
+        "the full target's text",
+        "overlap along that text",
+        "its change",
+    ]
     parts = []
     for temperature in TEMPERATURES:
         lines = []
         for row in found:
-            cell = row[f"{temperature:g}"]
-            same = f"{cell['identical']}/{cell['texts']}"
-            overlap_text = study.pair_text(cell["overlap"], 3)
+            cell, full = row[f"{temperature:g}"], found[0][f"{temperature:g}"]
             lines.append(
-                [row["weights"], row["changed"], study.pair_text(cell["tokens_per_round"]), same, overlap_text]
+                [
+                    row["weights"],
+                    row["changed"],
+                    study.pair_text(cell["tokens_per_round"]),
+                    f"{cell['identical']}/{cell['texts']}",
+                    f"{study.interval(cell['overlap'])['mean']:.3f}",
+                    study.pair_text(study.change(cell["overlap"], full["overlap"]), 3) if row is not found[0] else "",
+                ]
             )
         parts.append(f"## Temperature {temperature:g}\n\n{study.table(header, lines)}")
     return "\n".join(parts)

@@ -107,11 +107,22 @@ def test_repeated_ngrams_are_told_from_new_ones(scripts):
 
 def test_overlap_is_one_with_oneself_and_less_with_another(scripts):
     target, other = llama(0), llama(1)
-    texts = [text_of([5, 6, 7, 8])]
+    texts = [text_of([5, 6, 7, 8]), text_of([9])]
     overlap = scripts["weights"].overlap
     for greedy in (True, False):
-        assert overlap(target, target, texts, greedy)["mean"] == pytest.approx(1.0)
-    assert overlap(target, other, texts, False)["mean"] < 0.999
+        assert overlap(target, target, texts, greedy) == [pytest.approx((4.0, 4)), pytest.approx((1.0, 1))]
+    (less, count), _ = overlap(target, other, texts, False)
+    assert count == 4
+    assert less < 3.99
+
+
+def test_a_change_is_paired(scripts):
+    """Prompts differ much more than the two sides do: the interval is that of the difference."""
+    change = scripts["study"].change
+    found = change([(1.0, 10), (9.0, 10)], [(2.0, 10), (10.0, 10)])
+    assert found == {"mean": pytest.approx(-0.1), "low": pytest.approx(-0.1), "high": pytest.approx(-0.1)}
+    with pytest.raises(AssertionError):
+        change([(1.0, 10)], [(1.0, 9)])
 
 
 @pytest.mark.parametrize("format", ["int8", "int4", "mxfp8_e4m3"])
