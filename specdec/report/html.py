@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import InputError
-from specdec.report import bars, panels, summary, table, told
+from specdec.report import bars, panels, speed, summary, table, told
 from specdec.report.markup import Markup, el, embedded, joined
 from specdec.report.view import View
 
@@ -61,7 +61,7 @@ def _sections(view: View) -> list[Markup | None]:
             "speed",
             "Speed against k" if timed else "Length of rounds against k",
             "What more drafting brings." + (" Bars are 95 % intervals." if timed else " Nothing was timed."),
-            panels.against_k(view),
+            speed.against_k(view),
             legend,
         ),
         _section("pareto", "Memory, quality, speed", say.pareto(has_quality), scatter, legend),

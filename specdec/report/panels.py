@@ -1,23 +1,21 @@
-"""Charts of cells: acceptance by position and along the text, speed against k, memory and quality against speed."""
+"""Charts of cells: acceptance by position and along the text; memory, quality and speed, two at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 
 from specdec.cli.screen import size
 from specdec.report import charts
 from specdec.report.charts import Point, Scale, Series, figure, legend_mark, linear, lines, mark, percent
 from specdec.report.markup import Markup, el, number
-from specdec.report.view import Axis, Cell, View
+from specdec.report.view import Cell, View
 
 # Positions drawn; further ones are in the data.
 _MAX_POSITIONS = 16
 # Tokens of text per point along it, and rounds that a point needs.
 _BIN, _MIN_ROUNDS = 16, 4
-_MAX_PANELS = 12
-_HORIZONTAL = (charts.LEFT + 8, charts.WIDTH - charts.RIGHT - 8)
-_VERTICAL = (charts.HEIGHT - charts.BOTTOM, charts.TOP)
+HORIZONTAL = (charts.LEFT + 8, charts.WIDTH - charts.RIGHT - 8)
+VERTICAL = (charts.HEIGHT - charts.BOTTOM, charts.TOP)
 
 
 def grid(figures: Sequence[Markup]) -> Markup:
@@ -58,8 +56,8 @@ def acceptance(view: View) -> Markup | None:
     deepest = max((len(_positions(c, name)) for c in view.done for name, *_ in kinds), default=0)
     if not deepest:
         return None
-    x = Scale(1, max(deepest, 2), *_HORIZONTAL, [(i, str(i)) for i in range(1, deepest + 1)])
-    y = Scale(0, 1, *_VERTICAL, [(i / 4, str(25 * i)) for i in range(5)])
+    x = Scale(1, max(deepest, 2), *HORIZONTAL, [(i, str(i)) for i in range(1, deepest + 1)])
+    y = Scale(0, 1, *VERTICAL, [(i / 4, str(25 * i)) for i in range(5)])
     figures = []
     for name, title, y_title in kinds:
         series = []
@@ -98,7 +96,7 @@ def _text_scale(end: int) -> Scale:
     step = _BIN
     while end / step > 6:
         step *= 2
-    return Scale(0, end, *_HORIZONTAL, [(at, str(at)) for at in range(0, end + 1, step)])
+    return Scale(0, end, *HORIZONTAL, [(at, str(at)) for at in range(0, end + 1, step)])
 
 
 def along_the_text(view: View) -> Markup | None:
@@ -130,95 +128,12 @@ def along_the_text(view: View) -> Markup | None:
             continue
         values = [p.y for s in series for p in s.points]
         if is_share:
-            y = Scale(0, 1, *_VERTICAL, [(i / 4, percent(i / 4, 1)) for i in range(5)])
+            y = Scale(0, 1, *VERTICAL, [(i / 4, percent(i / 4, 1)) for i in range(5)])
         else:
-            y = linear([1, *values], *_VERTICAL)
+            y = linear([1, *values], *VERTICAL)
         chart = lines(series, x, y, x_title="tokens of text", y_title=y_title, described=_says(view, title))
         figures.append(figure(title, chart))
     return grid(figures)
-
-
-def _facets(view: View) -> list[tuple[str, list[Cell]]]:
-    """Panels: by temperature and verifier first, then by whatever else varies, as long as there are not too many."""
-    order = {"temperature": 0, "verifier": 1}
-    axes = [axis for axis in view.axes if axis is not view.colour_axis and axis.name != "shape"]
-    taken: list[Axis] = []
-    count = 1
-    for axis in sorted(axes, key=lambda a: order.get(a.name, 2)):
-        if count * len(view.values(axis)) <= _MAX_PANELS:
-            taken.append(axis)
-            count *= len(view.values(axis))
-    panels = []
-    for values in product(*(view.values(axis) for axis in taken)):
-        cells = [c for c in view.done if all(a.value(c.setting) == v for a, v in zip(taken, values, strict=True))]
-        title = " · ".join(f"{axis.title} {value}" for axis, value in zip(taken, values, strict=True))
-        if cells:
-            panels.append((title or "All settings", cells))
-    return panels
-
-
-def _places(cells: Sequence[Cell], shape: Axis) -> dict[str, float]:
-    """Where shapes stand on the axis: numbers by their order, then trees and policies behind a gap."""
-    values = dict.fromkeys(shape.value(cell.setting) for cell in cells)
-    numbers = sorted((v for v in values if v.isdigit()), key=int)
-    others = [v for v in values if not v.isdigit()]
-    gap = 0.5 if numbers and others else 0.0
-    return {value: i + (gap if value in others else 0.0) for i, value in enumerate(numbers + others)}
-
-
-def against_k(view: View) -> Markup | None:
-    """Speed-up, or tokens per round where nothing was timed, against what is drafted each round."""
-    shape = next((axis for axis in view.axes if axis.name == "shape"), None)
-    if shape is None:
-        return None
-    cells = [c for c in view.done if (c.speedup if view.timed else c.per_round) is not None]
-    if not cells:
-        return None
-    places = _places(cells, shape)
-    x = Scale(0, max(max(places.values()), 1), *_HORIZONTAL, [(at, value) for value, at in places.items()])
-    ends = [v for c in cells for v in ((c.speedup.low, c.speedup.high) if c.speedup else (c.per_round or 1.0,))]
-    y = linear([1.0, *ends], *_VERTICAL)
-    y_title = "times the plain loop" if view.timed else "tokens per round"
-    figures = []
-    for title, members in _facets(view):
-        members = [c for c in members if c in cells]
-        if not members:
-            continue
-        described = f"{y_title} against k, {title}: {len(members)} settings"
-        reference = (1.0, "plain loop") if view.timed else None
-        series = _against(members, view, shape, places)
-        chart = lines(
-            series, x, y, x_title="drafted per round", y_title=y_title, described=described, reference=reference
-        )
-        figures.append(figure(title, chart))
-    return grid(figures) if figures else None
-
-
-def _against(cells: Sequence[Cell], view: View, shape: Axis, places: Mapping[str, float]) -> list[Series]:
-    """A line for each group of cells that differ in k alone; trees and policies are points beside it."""
-    others = [axis for axis in view.axes if axis is not shape]
-    groups: dict[tuple[str, ...], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(tuple(axis.value(cell.setting) for axis in others), []).append(cell)
-    series, seen = [], dict.fromkeys(range(len(view.colours)), 0)
-    for members in groups.values():
-        colour = members[0].colour
-        points: list[tuple[bool, Point]] = []
-        for cell in sorted(members, key=lambda c: places[shape.value(c.setting)]):
-            value = shape.value(cell.setting)
-            if cell.speedup is not None:
-                s = cell.speedup
-                interval = f"{s.median:.2f}× ({s.low:.2f}–{s.high:.2f})"
-                tip = f"{cell.label}\n{interval}, {cell.per_round or 1:.2f} tokens per round"
-                point = Point(places[value], s.median, tip, cell.index, s.low, s.high)
-            else:
-                tip = f"{cell.label}\n{cell.per_round or 1:.2f} tokens per round"
-                point = Point(places[value], cell.per_round or 1.0, tip, cell.index)
-            points.append((value.isdigit(), point))
-        series.append(Series([p for is_k, p in points if is_k], colour, seen[colour]))
-        series += [Series([p], colour) for is_k, p in points if not is_k]
-        seen[colour] += 1
-    return [s for s in series if s.points]
 
 
 def _dominated(cells: Sequence[Cell], goods: Mapping[int, Sequence[float]]) -> set[int]:
@@ -269,8 +184,8 @@ def pareto(view: View) -> tuple[Markup | None, bool]:
 def _scatter(
     cells: Sequence[Cell], values: Mapping[int, tuple[float, float]], dominated: set[int], x_title: str, y_title: str
 ) -> Markup:
-    x = linear([values[c.index][0] for c in cells], *_HORIZONTAL, count=4)
-    y = linear([values[c.index][1] for c in cells], *_VERTICAL)
+    x = linear([values[c.index][0] for c in cells], *HORIZONTAL, count=4)
+    y = linear([values[c.index][1] for c in cells], *VERTICAL)
     parts = charts.frame(x, y, x_title, y_title)
     for cell in sorted(cells, key=lambda c: c.index not in dominated):
         across, up = values[cell.index]

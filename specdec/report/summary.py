@@ -89,7 +89,7 @@ def _figures(view: View) -> Markup:
             add("tokens per round", f"{best.per_round:.2f}", "the target's own included")
         if best.acceptance is not None:
             drafted = best.stats.get("num_draft_tokens")
-            add("drafted, accepted", f"{best.acceptance:.0%}", f"of {drafted:,} tokens" if drafted else "")
+            add("draft acceptance", f"{best.acceptance:.0%}", f"of {drafted:,} tokens" if drafted else "")
         same, total = best.raw.get("identical"), best.raw.get("prompts")
         if same is not None and total:
             bad = best.raw.get("expects_identity") and same < total

@@ -56,10 +56,13 @@ def _same(cell: Cell) -> tuple[str, float]:
     same, total = cell.raw.get("identical"), cell.raw.get("prompts")
     if same is None or not total:
         return "–", -1.0
-    mark = (
-        "" if cell.raw.get("expects_identity") and same == total else " ≠" if cell.raw.get("expects_identity") else ""
-    )
+    mark = " ≠" if cell.raw.get("expects_identity") and same != total else ""
     return f"{same}/{total}{mark}", same / total
+
+
+def _unbroken(label: str) -> str:
+    """Lines break between the parts of a label only."""
+    return " · ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in label.split(" · "))
 
 
 def _row(view: View, cell: Cell, whiskers: _Whiskers) -> Markup:
@@ -71,8 +74,8 @@ def _row(view: View, cell: Cell, whiskers: _Whiskers) -> Markup:
     )  # fmt: skip
     key = el("span", legend_mark(cell.colour)) if view.colour_axis is not None else None
     cells = [] if alone else [el("td", el("label", box, key, cls="choose"), cls="pick")]
-    cells.append(el("th", cell.label, el("small", " lossy", cls="warn") if cell.done and not cell.lossless else None,
-                    scope="row", cls="label", data_key=cell.index))  # fmt: skip
+    lossy = el("small", " lossy", cls="warn") if cell.done and not cell.lossless else None
+    cells.append(el("th", _unbroken(cell.label), lossy, scope="row", cls="label", data_key=cell.index))
     for axis in view.axes:
         value = axis.value(cell.setting)
         cells.append(_td(value, value, cls="axis"))

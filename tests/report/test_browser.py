@@ -164,8 +164,10 @@ def test_a_ticked_setting_is_drawn_in_colour(page, files):
 def test_marks_and_tokens_say_what_they_are(page, files):
     page.open(files[12], 1280)
     place = """
-    (node => { node.scrollIntoView({ block: "center" }); const b = node.getBoundingClientRect();
-               return [b.left + b.width / 2, b.top + b.height / 2] })"""
+    (async node => { node.scrollIntoView({ block: "center" });
+                     for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame);
+                     const b = node.getBoundingClientRect();
+                     return [b.left + b.width / 2, b.top + b.height / 2] })"""
     page.point(*page.run(f"{place}(document.querySelector('#speed .hit'))"))
     assert "tokens per round" in page.run("document.getElementById('tip').textContent")
     assert page.run("document.getElementById('tip').hidden") is False
