@@ -1,0 +1,1 @@
+"""Other libraries' calls, answered by this one."""
