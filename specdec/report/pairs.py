@@ -130,8 +130,11 @@ def match(before: Cell, after: Cell, same_environment: bool, ignored: Sequence[s
     if ignored:
         moved = changed(*({n: c["setting"].get(n) for n in ignored} for c in (before, after)))
         notes += [f"{name}: {a} → {b}" for name, (a, b) in moved.items()]
+    # What a setting left to the program: dtype, backend, numerics.
+    chosen = changed(before.get("details") or {}, after.get("details") or {})
+    notes += [f"{name}: {a} → {b}" for name, (a, b) in chosen.items()]
     timed = not is_deterministic(after["setting"])
-    certain = same_environment and not ignored and not other_models and not timed
+    certain = same_environment and not ignored and not other_models and not chosen and not timed
     return Match(before, after, names, certain, notes)
 
 

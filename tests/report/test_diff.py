@@ -63,6 +63,14 @@ def test_other_weights_under_the_same_setting_are_said_and_not_called_real():
     assert "other models" in found.pairs[0].notes[0]
 
 
+def test_what_the_program_chose_differently_is_said_and_not_called_real():
+    before, after = document(cell(rates(8), seed=1)), document(cell(rates(8), seed=2))
+    before["cells"][0]["details"], after["cells"][0]["details"] = {"backend": "native"}, {"backend": "eager"}
+    found = diff(before, after)
+    assert acceptance(found) == [WITHIN]
+    assert found.pairs[0].notes == ("backend: native → eager",)
+
+
 def test_runs_that_differ_by_chance_alone_raise_no_alarm_and_a_drop_of_five_points_is_called():
     chances = rates(64)
     same, fallen = [], []
