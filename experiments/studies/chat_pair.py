@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import math
 import random
 import textwrap
@@ -63,6 +64,7 @@ def _functions(source: str) -> Iterator[tuple[str, str]]:
         yield f"Write {node.name}({ast.unparse(node.args)}): {line}", textwrap.dedent(text).rstrip() + "\n"
 
 
+@functools.cache
 def dialogues() -> list[Dialogue]:
     """All of the standard library, each question once; held out by file, as the embedded pair's training text."""
     found: dict[str, Dialogue] = {}

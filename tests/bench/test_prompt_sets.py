@@ -18,6 +18,7 @@ from specdec.bench.prompts import Prompt, read_prompt_set
 from specdec.chat import Chat
 from specdec.errors import InputError
 from specdec.policy import Fixed
+from specdec.train.data import read_texts
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -115,6 +116,12 @@ def test_what_a_conversation_may_hold(tmp_path):
 def test_rows_that_cannot_be_read_are_named(tmp_path, row, words):
     with pytest.raises(InputError, match=rf"x.jsonl, line 2: .*{words}"):
         read_prompt_set(write(tmp_path, "x.jsonl", {"text": "fine"}, row))
+
+
+def test_training_reads_whole_conversations(tmp_path):
+    """`specdec train --data` takes the same files: an answer is text to learn from too."""
+    path = write(tmp_path, "x.jsonl", {"messages": says(("system", "s"), ("user", "u"), ("assistant", "a"))})
+    assert read_texts(path) == ["s\n\nu\n\na"]
 
 
 def test_only_silent_rows_are_no_prompts(tmp_path):
