@@ -7,14 +7,19 @@ document.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
+from unittest import mock
 
+from specdec.bench import comparison as measured
 from specdec.bench.bare import BareCosts
 from specdec.bench.comparison import PLAIN, SPECULATIVE, Comparison, Row, Timed
 from specdec.bench.prompts import Prompt
+from specdec.bench.timing import bootstrap
 from specdec.errors import MemoryBudgetError
 from specdec.generation import Generation
 from specdec.sweep.cell import FORKED, done_cell, failed_cell
@@ -84,8 +89,8 @@ def _plain_rounds(num_tokens: int) -> list[Round]:
     return [Round(num_emitted=1, drafter="none", seconds=dict(seconds)) for _ in range(num_tokens)]
 
 
-def comparison(setting: Setting, num_prompts: int = 3, repetitions: int = 3) -> Comparison:
-    """What such a setting would have measured."""
+def comparison(setting: Setting, num_prompts: int = 3, repetitions: int = 3, timed: bool = True) -> Comparison:
+    """What such a setting would have measured, or without times: as `--acceptance-only` does."""
     draw = random.Random(f"{setting.key} {num_prompts}")
     rows = []
     for number in range(num_prompts):
@@ -109,6 +114,7 @@ def comparison(setting: Setting, num_prompts: int = 3, repetitions: int = 3) -> 
         num_clean=2 * num_prompts * repetitions,
         watching=True,
         peak_memory={"process": 700 << 20},
+        timed=timed,
     )
 
 
@@ -131,31 +137,48 @@ def story(setting: Setting, num_tokens: int = 12) -> list[dict[str, Any]]:
     return [{"prompt": "# a shape's area\n", "tokens": tokens}]
 
 
-def cell(setting: Setting, *, failed: bool = False, with_story: bool = False, num_prompts: int = 3) -> dict[str, Any]:
+def cell(
+    setting: Setting, *, failed: bool = False, with_story: bool = False, num_prompts: int = 3, timed: bool = True
+) -> dict[str, Any]:
+    return dict(json.loads(_cell(setting, failed, with_story, num_prompts, timed)))
+
+
+@lru_cache(maxsize=1024)
+def _cell(setting: Setting, failed: bool, with_story: bool, num_prompts: int, timed: bool) -> str:
+    """As it comes out of a store: keys of tables are texts."""
     key = setting.keyed("made up")
     if failed:
         made = failed_cell(setting, key, MemoryBudgetError("the caches of a text do not fit"), 0.1)
     else:
-        made = done_cell(
+        # Nobody needs exact intervals here, and everybody short tests.
+        with mock.patch.object(measured, "bootstrap", partial(bootstrap, resamples=100)):
+            made = done_cell(
+                setting,
+                key,
+                comparison(setting, num_prompts, timed=timed),
+                memory={"target_weights": 53_600_000, "draft_weights": 6_400_000, "kv": 1_300_000},
+                timing={"prefill": FORKED, "measured": timed},
+                story=story(setting) if with_story else None,
+                seconds=2.5,
+            )
+    return json.dumps({**made, "when": "2026-01-02T03:04:05+00:00"})
+
+
+def document(
+    num_cells: int = 6, *, num_failed: int = 0, with_story: bool = True, num_prompts: int = 3, timed: bool = True
+) -> dict[str, Any]:
+    """A document of `num_cells` cells, the last `num_failed` of which failed; the first one has a story.
+
+    Without `timed`, figures of speed are None.
+    """
+    cells = [
+        cell(
             setting,
-            key,
-            comparison(setting, num_prompts),
-            memory={"target_weights": 53_600_000, "draft_weights": 6_400_000, "kv": 1_300_000},
-            timing={"prefill": FORKED, "measured": True},
-            story=story(setting) if with_story else None,
-            seconds=2.5,
+            failed=i >= num_cells - num_failed,
+            with_story=with_story and i == 0,
+            num_prompts=num_prompts,
+            timed=timed,
         )
-    return {**made, "when": "2026-01-02T03:04:05+00:00"}
-
-
-def document(num_cells: int = 6, *, num_failed: int = 0, with_story: bool = True, num_prompts: int = 3) -> dict:
-    """A document of `num_cells` cells, the last `num_failed` of which failed; the first one has a story."""
-    cells = []
-    for i, setting in enumerate(settings(num_cells)):
-        failed = i >= num_cells - num_failed
-        made = cell(setting, failed=failed, with_story=with_story and i == 0, num_prompts=num_prompts)
-        cells.append(made)
-    import json
-
-    # As it comes out of a store: keys of tables are texts.
-    return dict(json.loads(json.dumps({"schema": 1, "environment": ENVIRONMENT, "cells": cells})))
+        for i, setting in enumerate(settings(num_cells))
+    ]
+    return {"schema": 1, "environment": json.loads(json.dumps(ENVIRONMENT)), "cells": cells}

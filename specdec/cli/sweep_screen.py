@@ -157,12 +157,9 @@ def show(console: Console, document: Mapping[str, Any], run: Run, left: int) -> 
             console.print(line)
     if failed:
         console.print(f"\n[bold red]{len(failed)} failed[/]")
-        for cell in failed:
-            error = cell["error"]
-            console.print(
-                f"  {escape(cell['label'])}: [dim]{escape(error['type'])}: {escape(error['message'])}[/]",
-                soft_wrap=True,
-            )
+        for message, labels in _by_message(failed).items():
+            more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
+            console.print(f"  {escape(', '.join(labels[:3]))}{more}: [dim]{escape(message)}[/]", soft_wrap=True)
     if left:
         console.print(f"\n{left} cells are not finished: other processes are at work on them, or were stopped")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from specdec.errors import InputError
@@ -17,7 +17,7 @@ from specdec.sweep.store import Store
 _POLL = 0.5
 
 
-def work(path: str, cells: Mapping[str, Mapping[str, Any]], run: Run, retry_failed: bool, parent: int) -> None:
+def work(path: str, cells: Mapping[str, Mapping[str, Any]], run: Run, retry_failed: bool) -> None:
     """One process: cells of the store until none is left, or until the process that started this one is gone."""
     from transformers.utils import logging
 
@@ -25,7 +25,13 @@ def work(path: str, cells: Mapping[str, Mapping[str, Any]], run: Run, retry_fail
     logging.disable_progress_bar()
     settings = {key: Setting.of(content) for key, content in cells.items()}
     with Store(path) as store:
-        sweep(store, settings, Engine(run), retry_failed=retry_failed, going=lambda: os.getppid() == parent)
+        sweep(store, settings, Engine(run), retry_failed=retry_failed, going=_is_wanted)
+
+
+def _is_wanted() -> bool:
+    """Whether the process that started this one is still there."""
+    parent = multiprocessing.parent_process()
+    return parent is None or parent.is_alive()
 
 
 def run_jobs(
@@ -47,9 +53,12 @@ def run_jobs(
     store.want((key, setting.as_dict()) for key, setting in cells.items())
     contents = {key: setting.as_dict() for key, setting in cells.items()}
     run = replace(run, alone=num_jobs == 1)
-    # Not forked: threads of torch do not survive that.
-    context = multiprocessing.get_context("spawn")
-    arguments = (str(store.path), contents, run, retry_failed, os.getpid())
+    # Not forked from this one: threads of torch do not survive that.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if isinstance(context, ForkServerContext):
+        context.set_forkserver_preload(["specdec.sweep.engine"])  # imported once for all
+    arguments = (str(store.path), contents, run, retry_failed)
     processes = [context.Process(target=work, args=arguments, daemon=True) for _ in range(num_jobs)]
     for process in processes:
         process.start()

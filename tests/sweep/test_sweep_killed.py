@@ -6,6 +6,7 @@ import json
 import os
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 from sweep_worker import FAST, acceptance, cells_of, grid, processes, save_pair, work
@@ -75,7 +76,7 @@ def test_two_processes_share_a_store_and_the_work(settings, undisturbed, tmp_pat
 
 
 def test_a_claim_dies_with_its_process(settings, tmp_path):
-    path, log = tmp_path / "sweep.db", tmp_path / "log"
+    path = tmp_path / "sweep.db"
     engine = Engine(FAST)
     keys = list(cells_of(engine, settings))
     child = os.fork()
@@ -85,17 +86,15 @@ def test_a_claim_dies_with_its_process(settings, tmp_path):
     os.waitpid(child, 0)
     with Store(path) as store:
         assert store.claim(keys) == keys[0]
-    assert not log.exists()
 
 
-def test_jobs_stop_when_their_parent_is_gone(settings, tmp_path):
-    """Workers of `--jobs` look at who started them: nobody of that number did."""
+def test_jobs_stop_when_their_parent_is_gone(settings, tmp_path, monkeypatch):
     from specdec.sweep import jobs
 
     path = tmp_path / "sweep.db"
-    cells = cells_of(Engine(FAST), settings)
-    contents = {key: setting.as_dict() for key, setting in cells.items()}
-    jobs.work(str(path), contents, FAST, False, parent=-1)
-    assert load_document(path)["cells"] == []
-    jobs.work(str(path), dict(list(contents.items())[:2]), FAST, False, parent=os.getppid())
-    assert len(load_document(path)["cells"]) == 2
+    contents = {key: setting.as_dict() for key, setting in cells_of(Engine(FAST), settings[:2]).items()}
+    for alive in (False, True):
+        parent = SimpleNamespace(is_alive=lambda alive=alive: alive)
+        monkeypatch.setattr(jobs.multiprocessing, "parent_process", lambda parent=parent: parent)
+        jobs.work(str(path), contents, FAST, False)
+        assert len(load_document(path)["cells"]) == (2 if alive else 0)
