@@ -14,34 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import InputError
-from specdec.report.series import BUILDERS, Heat, Line, Panel, Plot, plots
+from specdec.report.look import LOOKS, MARKERS, THEMES, Look, follows_theme, halo, ramp, style
+from specdec.report.series import BUILDERS, plots
+from specdec.report.shapes import Heat, Line, Panel, Plot
 from specdec.report.view import View
 
 SUFFIXES = (".svg", ".png")
-THEMES = ("auto", "light", "dark")
-MARKERS = ("o", "s", "D", "^", "v", "P", "h", "X")
-# Light and dark: paper, ink, quiet ink, grid; then the slots, of even strength on either paper.
-LIGHT = ("#fefefe", "#1f2328", "#59636e", "#e2e6ea")
-DARK = ("#0e1116", "#e6edf3", "#9299a2", "#2b3138")
-LIGHT_SLOTS = ("#1f6fc4", "#d06a05", "#0e8a6a", "#a3428c", "#93780a", "#0f8fa8", "#b83a22", "#55585e")
-DARK_SLOTS = ("#6fb1ff", "#f5a24a", "#41cda6", "#e193d0", "#dcc357", "#63d3e8", "#ff8468", "#b2b5bb")
 _WIDTH, _PANEL_HEIGHT, _COLUMNS = 10.6, 3.35, 3
 _NAMED = 7
-
-
-@dataclass(frozen=True)
-class Look:
-    paper: str
-    ink: str
-    quiet: str
-    pale: str
-    slots: tuple[str, ...]
-
-    def slot(self, index: int) -> str:
-        return self.slots[index % len(self.slots)]
-
-
-LOOKS = {"light": Look(*LIGHT, LIGHT_SLOTS), "dark": Look(*DARK, DARK_SLOTS)}
 
 
 def _matplotlib() -> Any:
@@ -64,38 +44,6 @@ def check(path: str | Path) -> None:
     if file.is_dir() or not file.resolve().parent.is_dir():
         raise InputError(f"--plot {file}: give the name of a file in a folder that is there")
     _matplotlib()
-
-
-def _style(look: Look) -> dict[str, Any]:
-    return {
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 9.5,
-        "text.color": look.ink,
-        "axes.edgecolor": look.pale,
-        "axes.facecolor": "none",
-        "axes.labelcolor": look.quiet,
-        "axes.labelsize": 9.5,
-        "axes.linewidth": 0.8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.titlecolor": look.ink,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 10.5,
-        "axes.titleweight": "bold",
-        "axes.titlepad": 9,
-        "figure.facecolor": look.paper,
-        "grid.color": look.pale,
-        "grid.linewidth": 0.8,
-        "savefig.facecolor": look.paper,
-        "svg.hashsalt": "specdec",
-        "xtick.color": look.pale,
-        "xtick.labelcolor": look.quiet,
-        "ytick.color": look.pale,
-        "ytick.labelcolor": look.quiet,
-        "ytick.left": False,
-    }
 
 
 def _beside(panel: Panel, plot: Plot, line: Line) -> float:
@@ -127,13 +75,6 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
     return [place - shift for place in moved]
 
 
-def _halo(look: Look) -> list[Any]:
-    """Letters keep clear of what they cross."""
-    from matplotlib.patheffects import withStroke
-
-    return [withStroke(linewidth=3, foreground=look.paper)]
-
-
 def _name_lines(axes: Any, panel: Panel, look: Look) -> None:
     """Names at the ends of lines, instead of a legend."""
     lines = [line for line in panel.lines if line.name and line.joined]
@@ -144,7 +85,7 @@ def _name_lines(axes: Any, panel: Panel, look: Look) -> None:
     for line, y in zip(lines, at, strict=True):
         axes.annotate(
             line.name, (line.spots[-1].x, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9,
-            color=look.slot(line.slot), fontweight="bold", annotation_clip=False, path_effects=_halo(look),
+            color=look.slot(line.slot), fontweight="bold", annotation_clip=False, path_effects=halo(look),
         )  # fmt: skip
 
 
@@ -160,7 +101,7 @@ def _name_best(axes: Any, panel: Panel, look: Look) -> None:
         axes.annotate(
             spot.name, (spot.x, y), xytext=(-8 if is_right else 8, 0), textcoords="offset points", va="center",
             ha="right" if is_right else "left", fontsize=8, color=look.ink, annotation_clip=False,
-            path_effects=_halo(look),
+            path_effects=halo(look),
         )  # fmt: skip
 
 
@@ -186,7 +127,7 @@ def _dress(axes: Any, plot: Plot, panel: Panel, look: Look) -> None:
         level, name = plot.reference
         axes.axhline(level, color=look.quiet, lw=1, ls=(0, (3, 3)), zorder=1)
         axes.annotate(name, (0, level), xycoords=("axes fraction", "data"), xytext=(2, 3), textcoords="offset points",
-                      fontsize=8.5, color=look.quiet, path_effects=_halo(look))  # fmt: skip
+                      fontsize=8.5, color=look.quiet, path_effects=halo(look))  # fmt: skip
     axes.set_xlabel(panel.title if plot.kind == "pareto" else plot.x_title)
     axes.set_ylabel(plot.y_title)
 
@@ -198,18 +139,11 @@ def _draw_panel(axes: Any, plot: Plot, panel: Panel, look: Look) -> None:
     (_name_best if plot.kind == "pareto" else _name_lines)(axes, panel, look)
 
 
-def _ramp(share: float) -> tuple[str, str]:
-    """Fill and ink of a square, from a pale to a full blue; they are the same in both themes."""
-    pale, full = (222, 235, 247), (8, 69, 148)
-    mixed = [round(a + (b - a) * share) for a, b in zip(pale, full, strict=True)]
-    return "#{:02x}{:02x}{:02x}".format(*mixed), "#ffffff" if share > 0.66 else "#0a1628"
-
-
 def _draw_heat(axes: Any, heat: Heat, values: Mapping[tuple[str, str], float], look: Look) -> None:
     low, high = heat.span
     for (row, column), value in values.items():
         x, y = heat.columns.index(column), heat.rows.index(row)
-        fill, ink = _ramp((value - low) / (high - low) if high > low else 1.0)
+        fill, ink = ramp((value - low) / (high - low) if high > low else 1.0)
         axes.bar(x, 0.94, width=0.94, bottom=y - 0.47, color=fill, zorder=2)
         axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=9.5, zorder=3)
     axes.set_xlim(-0.5, len(heat.columns) - 0.5)
@@ -261,7 +195,7 @@ def draw(found: Sequence[Plot | Heat], look: Look, *, overview: bool = False) ->
     parts = list(_parts(found, overview))
     columns = min(len(parts), _COLUMNS)
     rows = math.ceil(len(parts) / columns)
-    with matplotlib.rc_context(_style(look)):
+    with matplotlib.rc_context(style(look)):
         figure = Figure(figsize=(_WIDTH * max(columns, 2) / _COLUMNS, _PANEL_HEIGHT * rows), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.05)
         for number, part in enumerate(parts, 1):
@@ -272,17 +206,6 @@ def draw(found: Sequence[Plot | Heat], look: Look, *, overview: bool = False) ->
                 _draw_panel(axes, part.plot, part.plot.panels[part.number], look)
             _head(axes, part, look)
     return figure
-
-
-def _follows_theme(svg: str) -> str:
-    """The same picture, its colours swapped where the reader's theme is dark."""
-    swaps = zip((*LIGHT, *LIGHT_SLOTS), (*DARK, *DARK_SLOTS), strict=True)
-    rules = "".join(
-        f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}' for light, dark in swaps for kind in ("fill", "stroke")
-    )
-    style = f"<style>@media (prefers-color-scheme:dark){{{rules}}}</style>"
-    inside = svg.index(">", svg.index("<svg")) + 1
-    return f"{svg[:inside]}\n {style}{svg[inside:]}"
 
 
 def most_telling(found: Sequence[Plot | Heat]) -> list[Plot | Heat]:
@@ -316,11 +239,11 @@ def save(document: Mapping[str, Any], path: str | Path, kinds: Sequence[str] = (
     file = Path(path)
     figure = draw(found, look, overview=overview)
     matplotlib = _matplotlib()
-    with matplotlib.rc_context(_style(look)):
+    with matplotlib.rc_context(style(look)):
         if file.suffix.lower() == ".png":
             figure.savefig(file, dpi=180, metadata={"Software": None})
         else:
             figure.savefig(file, metadata={"Date": None, "Creator": None})
     if file.suffix.lower() == ".svg" and theme == "auto":
-        file.write_text(_follows_theme(file.read_text(encoding="utf-8")), encoding="utf-8")
+        file.write_text(follows_theme(file.read_text(encoding="utf-8")), encoding="utf-8")
     return file

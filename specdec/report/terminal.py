@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specdec.report.charts import nice_ticks
-from specdec.report.series import Heat, Line, Panel, Plot
+from specdec.report.shapes import Heat, Line, Panel, Plot
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,7 +13,7 @@ import sweep_documents
 from drift_documents import grid
 
 from specdec.errors import InputError
-from specdec.report import plots
+from specdec.report import look, plots
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def test_an_svg_is_one_picture_for_both_themes_and_the_same_bytes_every_time(doc
     # Whatever is drawn in a colour that follows the theme is named in the rules.
     rules = set(re.findall(r'\[style\*="(?:fill|stroke): (#[0-9a-f]{6})"\]', text))
     drawn = set(re.findall(r'style="[^"]*(?:fill|stroke): (#[0-9a-f]{6})', text))
-    assert set(plots.LIGHT[:3]) <= drawn & rules
-    assert {plots.LIGHT_SLOTS[i] for i in range(3)} <= drawn & rules
+    assert set(look.LIGHT[:3]) <= drawn & rules
+    assert {look.LIGHT_SLOTS[i] for i in range(3)} <= drawn & rules
     assert not re.search(r"(href|src)=[\"']?http|url\(http", text)
 
 
@@ -45,8 +45,8 @@ def test_an_svg_is_one_picture_for_both_themes_and_the_same_bytes_every_time(doc
 def test_fixed_themes_do_not_follow_the_reader(document, tmp_path):
     dark = plots.save(document, tmp_path / "d.svg", ["speed"], theme="dark").read_text(encoding="utf-8")
     assert "prefers-color-scheme" not in dark
-    assert plots.DARK[0] in dark
-    assert plots.LIGHT[0] not in dark
+    assert look.DARK[0] in dark
+    assert look.LIGHT[0] not in dark
 
 
 @pytest.mark.usefixtures("matplotlib")
@@ -66,7 +66,7 @@ def test_nothing_that_is_written_leaves_the_picture(document):
     from specdec.report.series import plots as made
     from specdec.report.view import View
 
-    figure = plots.draw(plots.most_telling(made(View(document))), plots.LOOKS["light"], overview=True)
+    figure = plots.draw(plots.most_telling(made(View(document))), look.LOOKS["light"], overview=True)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer, whole = canvas.get_renderer(), figure.bbox
@@ -92,7 +92,7 @@ def test_squares_have_letters_that_can_be_read():
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     for step in range(21):
-        fill, ink = (luminance(colour) for colour in plots._ramp(step / 20))
+        fill, ink = (luminance(colour) for colour in look.ramp(step / 20))
         bright, deep = max(fill, ink), min(fill, ink)
         assert (bright + 0.05) / (deep + 0.05) >= 4.0, step
 

@@ -8,7 +8,8 @@ import pytest
 from drift_documents import grid
 from rich.console import Console
 
-from specdec.report.series import Line, Panel, Plot, Spot, plots
+from specdec.report.series import plots
+from specdec.report.shapes import Line, Panel, Plot, Spot
 from specdec.report.terminal import HEIGHT, Canvas, panel_rows, show
 from specdec.report.view import View
 
