@@ -35,8 +35,8 @@ Exit code 1 when texts differ and the difference is no tie of the precision (a B
 wrong input.
 """
 # Fields of settings that one flag gives for all cells.
-_BASE = ("top_k", "top_p", "min_p", "repetition_penalty", "limit", "limit_per_category", "turns")
-_BASE += ("device", "backend", "numerics", "threads")
+_TEXTS = ("top_k", "top_p", "min_p", "repetition_penalty", "limit", "limit_per_category", "turns")
+_BASE = (*_TEXTS, "device", "backend", "numerics", "threads")
 
 
 def _axis(read: str) -> Callable[[str], list[Any]]:

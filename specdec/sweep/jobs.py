@@ -55,7 +55,7 @@ def run_jobs(
     run = replace(run, alone=num_jobs == 1)
     # Not forked from this one: threads of torch do not survive that.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     if isinstance(context, ForkServerContext):
         context.set_forkserver_preload(["specdec.sweep.engine"])  # imported once for all
     arguments = (str(store.path), contents, run, retry_failed)

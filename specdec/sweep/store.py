@@ -166,8 +166,8 @@ class Store:
             taken = known is None or known[0] == "failed"
             if taken:
                 run("INSERT OR REPLACE INTO cells VALUES (?, ?, ?, ?, ?)", (key, status, time.time(), place, text))
-                row = (key, canonical(cell["setting"]))
-                run("INSERT OR IGNORE INTO wanted SELECT ?1, coalesce(max(position), 0) + 1, ?2 FROM wanted", row)
+                asked = (key, canonical(cell["setting"]))
+                run("INSERT OR IGNORE INTO wanted SELECT ?1, coalesce(max(position), 0) + 1, ?2 FROM wanted", asked)
             run("DELETE FROM claims WHERE key = ? AND host = ? AND pid = ? AND born = ?", (key, *self.owner.as_tuple()))
         return taken
 
@@ -201,7 +201,7 @@ def _document(connection: sqlite3.Connection, keys: set[str] | None = None) -> d
     used = [place for place in places if any(row[1] == place for row in rows)]
     cells = [{**json.loads(text), "environment": place} for _, place, text in rows]
     environments = {place: json.loads(places[place]) for place in used}
-    last = next((environments[row[1]] for row in reversed(rows) if row[1] in environments), {})
+    last: dict[str, Any] = next((environments[row[1]] for row in reversed(rows) if row[1] in environments), {})
     return {"schema": SCHEMA, "environment": last, "environments": environments, "cells": cells}
 
 
