@@ -9,6 +9,7 @@ from specdec.report.charts import legend_mark
 from specdec.report.markup import Markup, el, number
 from specdec.report.view import Cell, View
 
+_MANY = 16  # rows, beyond which the table scrolls by itself
 _WIDTH = 132  # of the drawn interval
 
 
@@ -98,7 +99,8 @@ def _row(view: View, cell: Cell, whiskers: _Whiskers) -> Markup:
         efficiency = cell.raw.get("efficiency") if cell.timed and cell.acceptance is not None else None
         cells.append(_td(f"{efficiency:.0%}" if efficiency else "–", efficiency or None, cls="num wide"))
     same, share = _same(cell)
-    cells.append(_td(same, share, cls=f"num{' warn' if same.endswith('≠') else ''}"))
+    tone = " warn" if same.endswith("≠") else "" if cell.raw.get("expects_identity") else " quiet"
+    cells.append(_td(same, share, cls=f"num{tone}"))
     best = " best" if cell is view.best and len(view.done) > 1 else ""
     return el("tr", cells, data_cell=cell.index, cls=f"done{best}", **filters)
 
@@ -138,8 +140,11 @@ def table(view: View) -> Markup:
     heads.append(_head("same text", "num", said="texts identical to plain decoding"))
     rows = [_row(view, cell, whiskers) for cell in view.cells]
     few = " few" if not view.axes else ""
+    long = " long" if len(view.cells) > _MANY else ""
     caption = el("caption", "All settings", cls="unseen")
     made = el("table", caption, el("thead", el("tr", heads)), el("tbody", rows), cls=f"cells{few}", id="cells")
     return el(
-        "div", _filters(view), el("div", made, cls="scroll", tabindex=0, role="region", aria_label="all settings")
+        "div",
+        _filters(view),
+        el("div", made, cls=f"scroll{long}", tabindex=0, role="region", aria_label="all settings"),
     )

@@ -12,6 +12,13 @@ from specdec.report.view import NUM_COLOURS, Cell, View
 
 TARGET = "target"
 _PROMPT_LINES = 8
+# What colours may stand for: the origin, or how doubtful a token was by one of its figures.
+_TONES = (
+    ("", "who wrote it"),
+    ("p", "how unlikely to the target"),
+    ("q", "how unlikely to the draft"),
+    ("margin", "how near to a tie"),
+)
 
 
 def _origins(view: View) -> list[str]:
@@ -93,7 +100,10 @@ def stories(view: View) -> Markup | None:
             name = f"{cell.label}: {first_line.strip()[:48]}"
             options.append(el("option", name, value=f"{cell.index}-{which}"))
             blocks.append(_text(cell, which, story, origins, shown=not blocks))
-    chooser = el("label", el("span", "text"), el("select", options, id="which-story"), cls="filters scripted")
+    chosen = el("label", el("span", "text"), el("select", options, id="which-story"))
+    tones = [el("option", said, value=value) for value, said in _TONES]
+    tone = el("label", el("span", "colours"), el("select", tones, id="tone"))
+    chooser = el("div", chosen if len(options) > 1 else None, tone, cls="filters scripted")
     reading = el(
         "div",
         el("p", "Point at a token, tap it, or use the arrow keys.", cls="hint"),
@@ -101,7 +111,7 @@ def stories(view: View) -> Markup | None:
         cls="reading scripted",
         aria_live="polite",
     )
-    return el("div", chooser if len(options) > 1 else None, blocks, reading, cls="stories")
+    return el("div", chooser, blocks, reading, cls="stories")
 
 
 def colours(view: View) -> Markup:

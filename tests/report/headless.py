@@ -36,7 +36,8 @@ MEASURE = """
       box = { left: Math.max(box.left, frame.left), right: Math.min(box.right, frame.right),
               top: Math.max(box.top, frame.top), bottom: Math.min(box.bottom, frame.bottom) };
     }
-    return box.right - box.left > 1 && box.bottom - box.top > 1 ? box : null;
+    const { left, right, top, bottom } = box;
+    return right - left > 1 && bottom - top > 1 ? { left, right, top, bottom } : null;
   };
   const words = [];
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -46,8 +47,7 @@ MEASURE = """
     range.selectNodeContents(node);
     for (const found of range.getClientRects()) {
       const box = clipped(node, found);
-      if (box) words.push({ text: node.data.trim().slice(0, 40), node, left: box.left, right: box.right,
-                            top: box.top, bottom: box.bottom });
+      if (box) words.push({ text: node.data.trim().slice(0, 40), node, size: found.height, ...box });
     }
   }
   words.sort((a, b) => a.top - b.top);
@@ -62,7 +62,7 @@ MEASURE = """
   }
   const root = document.documentElement;
   return { width: root.scrollWidth, height: root.scrollHeight, view: root.clientWidth, words: words.length, overlaps,
-           smallest: Math.min(...words.map((w) => w.bottom - w.top)) };
+           smallest: Math.min(...words.map((w) => w.size)) };
 })()
 """
 

@@ -7,7 +7,7 @@ import re
 
 import headless
 import pytest
-from sweep_documents import document
+from many_cells import many
 
 from specdec.report.html import render, write
 
@@ -27,7 +27,7 @@ def page():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    return {n: write(document(n, num_failed=2 if n > 2 else 0), folder / f"{n}.html") for n in SIZES}
+    return {n: write(many(n, num_failed=2 if n > 2 else 0), folder / f"{n}.html") for n in SIZES}
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -180,16 +180,33 @@ def test_marks_and_tokens_say_what_they_are(page, files):
     assert "position 6" in page.run("document.getElementById('reading').textContent")
 
 
+def test_colours_of_the_text_can_stand_for_doubt(page, files):
+    page.open(files[12], 1280)
+    look = "Array.from(document.querySelectorAll('.told .t'), t => getComputedStyle(t).backgroundColor)"
+    by_origin = page.run(look)
+    choose = (
+        "(name => { const s = document.getElementById('tone'); s.value = name; s.dispatchEvent(new Event('change')) })"
+    )
+    page.run(f"{choose}('p')")
+    doubt = page.run("Array.from(document.querySelectorAll('.told .t'), t => +t.style.getPropertyValue('--doubt'))")
+    tokens = many(12)["cells"][0]["story"][0]["tokens"]
+    assert doubt == pytest.approx([1 - token["p"] for token in tokens])
+    assert page.run(look) != by_origin
+    page.run(f"{choose}('')")
+    assert page.run(look) == by_origin
+    assert page.messages == []
+
+
 def test_the_data_is_saved_as_it_was(page, files):
     page.open(files[12], 1280)
     keep = "(make => { URL.createObjectURL = (blob) => { window.saved = blob; return make.call(URL, blob) } })"
     page.run(f"{keep}(URL.createObjectURL)")
     page.run("document.getElementById('save').click()")
-    assert json.loads(page.run("window.saved.text()")) == document(12, num_failed=2)
+    assert json.loads(page.run("window.saved.text()")) == many(12, num_failed=2)
 
 
 def test_no_text_runs_as_a_script(page, tmp_path):
-    told = document(2)
+    told = many(2)
     evil = '<img src=x onerror="window.hurt=1"></script><script>window.hurt=2</script>'
     told["environment"]["device"] = evil
     told["cells"][0]["story"][0]["tokens"][0].update(text=evil, refused=[{"text": evil, "p": 0.1, "q": 0.2}])

@@ -10,6 +10,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from many_cells import many
 from sweep_documents import document
 
 from specdec.errors import InputError
@@ -284,7 +285,7 @@ def test_without_times_rounds_are_what_counts():
 
 
 def test_speed_against_k_has_every_setting_once():
-    page = render(document(24))
+    page = render(many(24))
     section = page[page.index('id="speed"') : page.index('id="time"')]
     points = re.findall(r'<g data-cell="(\d+)">', section)
     assert sorted(map(int, points)) == list(range(24))
@@ -340,4 +341,4 @@ def test_write_makes_one_file_and_says_where_it_cannot(tmp_path):
 
 
 def test_a_page_of_sixty_cells_is_small():
-    assert len(render(document(60)).encode()) < 2_000_000
+    assert len(render(many(60)).encode()) < 2_000_000

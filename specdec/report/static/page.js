@@ -158,6 +158,17 @@
       current?.scrollIntoView({ block: "nearest" });
     });
   });
+  // Colours of doubt: the redder, the smaller the figure.
+  const shade = (name) => all(".told").forEach((told) => {
+    const [cell, which] = told.dataset.story.split("-").map(Number);
+    const tokens = content().cells[cell].story[which].tokens;
+    told.classList.toggle("doubts", name !== "");
+    for (const token of all(".t", told)) {
+      const figure = name && tokens[Number(token.dataset.n)][name];
+      token.style.setProperty("--doubt", typeof figure === "number" ? 1 - Math.min(Math.max(figure, 0), 1) : 0);
+    }
+  });
+  document.getElementById("tone")?.addEventListener("change", (event) => shade(event.target.value));
   document.getElementById("which-story")?.addEventListener("change", (event) => {
     all(".story").forEach((story) => { story.hidden = story.dataset.of !== event.target.value; });
   });
