@@ -25,8 +25,10 @@ from specdec.verifier import Verifier
 
 # Walks over the texts where acceptance is random given the text.
 REPETITIONS = 32
-# Half-widths of 95 % intervals, in standard errors.
+# Half-widths of 95 % intervals, in standard errors: of many draws, and (Student's) of n + 2 texts.
 _SIGMAS = 1.96
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_STUDENT += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 # A policy that follows the clock is bracketed by machines on which drafting costs nothing, and on which it never pays.
 _FREE, _DEAR = Costs(draft_average=0.0), Costs(draft_average=1e3)
 
@@ -96,8 +98,11 @@ class _Walk:
     doubts: Doubts
     assume: str = "near"
 
-    def rounds(self, text: Text, draw: random.Random) -> list[Round]:
-        view = View(self.recording, text, self.doubts, self.assume)
+    def view(self, text: Text) -> View:
+        return View(self.recording, text, self.doubts, self.assume)
+
+    def rounds(self, view: View, draw: random.Random) -> list[Round]:
+        text = view.text
         length, run = min(text.num_tokens, self.max_new_tokens), self.policy.start()
         room, at, made = min(text.room, self.max_new_tokens), 0, []
         while at < length:
@@ -246,7 +251,8 @@ def replay(
 
 def _go(walk: _Walk, times: int) -> list[list[Round]]:
     draw = random.Random(0)
-    return [[r for _ in range(times) for r in walk.rounds(text, draw)] for text in walk.recording.texts]
+    views = [walk.view(text) for text in walk.recording.texts]
+    return [[r for _ in range(times) for r in walk.rounds(view, draw)] for view in views]
 
 
 def _pooled(recording: Recording, walk: _Walk, texts: list[list[Round]], times: int) -> Stats:
@@ -305,19 +311,20 @@ def _chance(texts: list[list[Round]], times: int) -> float:
     """Half a 95 % interval of the difference between one run's tokens per round and the replay's.
 
     The run's text and the recorded one are two draws of the same law; rounds of a text vary together, so that the
-    larger of two estimates counts: rounds as independent draws, and texts as independent draws.
+    larger of two estimates counts: rounds as independent draws, and texts as independent draws. One text is halved.
     """
     rounds = [float(r.num_accepted) for text in texts for r in text]
     if len(rounds) < 2:
         return 0.0
-    by_round = statistics.pvariance(rounds) / max(1.0, len(rounds) / times)
-    mean = statistics.fmean(rounds)
-    residuals = [sum(r.num_accepted - mean for r in text) / times for text in texts]
-    per_run = len(rounds) / times
-    n = len(texts)
-    by_text = sum(r * r for r in residuals) / per_run**2 * (n / (n - 1)) if n > 1 else 0.0
-    # Where nothing was ever accepted, or always, that is no proof: up to three in so many rounds would not surprise.
-    return max(_SIGMAS * math.sqrt(2 * max(by_round, by_text)), 3.0 / per_run)
+    mean, per_run = statistics.fmean(rounds), len(rounds) / times
+    groups = texts if len(texts) > 1 else [texts[0][0::2], texts[0][1::2]]
+    n = len(groups)
+    residuals = [sum(r.num_accepted - mean for r in group) / times for group in groups]
+    by_text = math.sqrt(sum(r * r for r in residuals) * n / (n - 1)) / per_run
+    by_round = math.sqrt(statistics.pvariance(rounds) / per_run)
+    student = _STUDENT[n - 2] if n - 2 < len(_STUDENT) else _SIGMAS
+    # Nothing accepted in one of two runs of one law, and up to five in the other: that would not surprise.
+    return max(math.sqrt(2) * max(_SIGMAS * by_round, student * by_text), 5.0 / per_run)
 
 
 def _speedup(texts: list[list[Round]], costs: Costs) -> float:

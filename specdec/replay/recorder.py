@@ -213,10 +213,10 @@ class _Run:
     finished: list[str | None] = field(default_factory=list)
     draw: Draw = Draw.POINT
 
-    def text(self, ids: Sequence[int]) -> None:
+    def text(self, ids: Sequence[int], seed: int) -> None:
         self.notes.begin()
         rule, policy = create("verifier", _RULE), Fixed(self.depth)
-        more = {"drafter": self.notes.drafter, "verifier": rule, "policy": policy, "strict": True}
+        more = {"drafter": self.notes.drafter, "verifier": rule, "policy": policy, "strict": True, "seed": seed}
         task = self.decoder.prepare(list(ids), **{**self.options, **more})
         self.draw = Draw.POINT if task.request.sampling.is_greedy else task.request.draw
         self.notes.drafter_draw = self.draw
@@ -272,9 +272,11 @@ def record(
 ) -> Recording:
     """Decode the prompts plainly, drafting a chain of `depth` tokens at every position; `options` as for `generate`.
 
-    `top_m`: entries of each row that are kept. `costs`: also time bare steps (two seconds), for predicted speed-ups.
-    `setting`, `names`: what the models and the prompts are called. `tick(done, total, name)` is called after each
-    text. One target step of `depth + 1` rows and `depth` draft steps per token. Raises `InputError` before any work.
+    `seed` may be a list of one for each prompt: texts of one seed share the noise of their positions, so that they are
+    no independent evidence about others. `top_m`: entries of each row that are kept. `costs`: also time bare steps (two
+    seconds), for predicted speed-ups. `setting`, `names`: what the models and the prompts are called.
+    `tick(done, total, name)` is called after each text. One target step of `depth + 1` rows and `depth` draft steps
+    per token. Raises `InputError` before any work.
 
     Lossless: yes; the recorded texts are plain decoding's.
     """
@@ -285,17 +287,24 @@ def record(
     if decoder.drafter.name == "none":
         raise InputError("there is no drafter to record: name one, as in specdec.load(drafter='model')")
     capabilities = decoder.backend.capabilities
-    encoded = [list(decoder.prepare(prompt, **options).request.prompt) for prompt in prompts]
-    if not encoded:
-        raise InputError("no prompts to record")
+    seeds = options.pop("seed", 0)
+    seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
+    if not prompts or len(seeds) != len(prompts):
+        raise InputError(f"no prompts to record, or no seed for each: {len(prompts)} prompts, {len(seeds)} seeds")
+    encoded = [
+        list(decoder.prepare(prompt, seed=seed, **options).request.prompt)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
     notes = _Notes(_Overheard(decoder.drafter), depth, min(top_m, capabilities.vocab_size))
     run = _Run(decoder, notes, depth, options)
-    for number, ids in enumerate(encoded):
-        run.text(ids)
+    for number, (ids, seed) in enumerate(zip(encoded, seeds, strict=True)):
+        run.text(ids, seed)
         if tick is not None:
             tick(number + 1, len(encoded), names[number] if names else "")
     arrays = run.arrays()
     meta = _meta(run, arrays, setting or {}, list(names) or [str(i + 1) for i in range(len(encoded))])
+    meta["seeds"] = seeds
+    meta["sampling"]["seed"] = seeds[0]
     meta["costs"] = _costs(run, encoded[0], arrays) if costs else None
     return Recording(arrays, meta)
 
