@@ -76,9 +76,10 @@ class SpeculativeDecoder:
                 kv_cache=kv_cache,
             ),
         )
-        self.backend = self.drafter.target_backend(self.backend, target)
         self.verifier: Verifier = registry.create("verifier", verifier or "coupled")
         self.policy: Policy = registry.create("policy", policy or "throughput")
+        self._check_backend(self.drafter, self.policy.name, shares=self.drafter.shares_target)
+        self.backend = self.drafter.target_backend(self.backend, target)
         self.allow_lossy = allow_lossy
         if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
             raise InputError(f"memory_budget is a number of bytes, or None for no limit, not {memory_budget!r}")
@@ -87,6 +88,15 @@ class SpeculativeDecoder:
         self._check_parts(self.drafter, self.verifier, self.policy)
         self.policy.check(target, self.drafter)
         self.backend.expose(self.drafter.hidden)
+
+    def _check_backend(self, drafter: Drafter, policy: str, **wanted: Any) -> None:
+        """Raise when the target's backend lacks what is wanted of it, see `Capabilities.lacks`."""
+        lacking = self.backend.capabilities.lacks(**wanted)
+        if lacking is not None:
+            raise IncompatiblePairError(
+                f"the {drafter.name} drafter with policy {policy} wants more than there is: the target's backend "
+                f"({self.backend.describes}) {lacking}; use backend='eager', or another drafter or policy"
+            )
 
     def _check_parts(self, drafter: Drafter, verifier: Verifier, policy: Policy) -> Draw:
         if not verifier.lossless and not self.allow_lossy:
@@ -102,12 +112,7 @@ class SpeculativeDecoder:
                 f"these can: {', '.join(fitting_verifiers(drafter, policy))}"
             )
         nodes = policy.start().plan().num_nodes if policy.branches else 0
-        lacking = self.backend.capabilities.lacks(trees=policy.branches, nodes=nodes, hidden=drafter.hidden)
-        if lacking is not None:
-            raise IncompatiblePairError(
-                f"the {drafter.name} drafter with policy {policy.name} wants more than there is: the target's backend "
-                f"({self.backend.describes}) {lacking}; use backend='eager', or another drafter or policy"
-            )
+        self._check_backend(drafter, policy.name, trees=policy.branches, nodes=nodes, hidden=drafter.hidden)
         if policy.branches and not drafter.trees:
             raise IncompatiblePairError(f"the {drafter.name} drafter proposes chains; policy {policy.name} wants trees")
         if drafter.target_backend(self.backend, self.target) is not self.backend:

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from tiny_text import TEXT_VOCAB, byte_tokenizer
 
 import specdec.export
 from specdec.export.options import Options
 
 #: Narrow graphs and a small context, so that steps are cut and contexts end.
-SMALL = Options(prefill_len=8, k=(0, 3), max_seq_len=96, max_nodes=16, hidden=(1, 2))
+SMALL = Options(prefill_len=8, k=(0, 3), max_seq_len=96, max_nodes=16, hidden=(0, 1, 2))
 
 
 def needs_executorch() -> None:
@@ -33,7 +34,7 @@ def needs_executorch() -> None:
 def _folder() -> Path:
     """Of artefacts made by this very code."""
     code = hashlib.sha256()
-    for name in ("step", "lower", "options"):
+    for name in ("step", "lower", "options", "artifact"):
         code.update((Path(next(iter(specdec.export.__path__))) / f"{name}.py").read_bytes())
     return Path(tempfile.gettempdir()) / f"specdec-tests-{getpass.getuser()}" / code.hexdigest()[:12]
 
@@ -67,8 +68,13 @@ def export(model: Any, options: Options = SMALL, **more: Any) -> Path:
 
 @cache
 def model() -> Any:
-    """Sliding windows, grouped heads."""
-    return tiny_models.tiny("mistral", dtype=torch.float32)
+    """Sliding windows, grouped heads, and room for the tokens of `byte_tokenizer`."""
+    return tiny_models.tiny("mistral", dtype=torch.float32, vocab_size=TEXT_VOCAB)
+
+
+def exported() -> Path:
+    """`model()` with its tokenizer."""
+    return export(model(), tokenizer=byte_tokenizer())
 
 
 @cache
@@ -78,4 +84,4 @@ def opened() -> Any:
     from specdec.export.artifact import ArtifactModel
     from specdec.runtime.backends.executorch import ExecutorchBackend
 
-    return ExecutorchBackend.open(ArtifactModel.open(export(model())))
+    return ExecutorchBackend.open(ArtifactModel.open(exported()))

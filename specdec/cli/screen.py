@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import sys
@@ -31,10 +32,12 @@ def quiet(arguments: argparse.Namespace) -> None:
     """Silence the libraries' bars and chatter; our own warnings become one line. `--debug` leaves all as it is."""
     if arguments.debug:
         return
-    from transformers.utils import logging
+    for chatty in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, and of each other's types
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     for ours in (BackendWarning, DrafterWarning, PolicyWarning):
         warnings.simplefilter("always", ours)

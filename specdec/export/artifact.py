@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
@@ -24,6 +25,8 @@ from specdec.export.options import Options
 from specdec.export.step import StaticStep
 from specdec.quant.linear import num_parameters
 from specdec.vocabulary import output_size
+
+EMBEDDINGS = "embeddings.safetensors"
 
 
 class ArtifactModel(nn.Module):
@@ -63,10 +66,34 @@ class ArtifactModel(nn.Module):
     def exported_parameters(self) -> int:
         return int(self.manifest.model["parameters"])
 
+    @property
+    def _shared(self) -> dict[str, torch.Tensor]:
+        """Embeddings and output head, which come along where the graphs give hidden states."""
+        path = self.folder / EMBEDDINGS
+        return load_file(path) if EMBEDDINGS in self.manifest.files else {}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Of drafters that read hidden states, and tokens as the target does."""
+        shared = self._shared
+        if "input" not in shared:
+            raise UnsupportedModelError(
+                f"{self.folder} holds no embeddings, which this drafter shares with its target: they come along with "
+                "hidden states, specdec export --hidden I,I"
+            )
+        return nn.Embedding.from_pretrained(shared["input"])
+
     def get_output_embeddings(self) -> nn.Module:
-        """A head without weights, for those who ask how many tokens there are."""
+        """A head that has no weights where nobody can need them but to know how many tokens there are."""
+        shared = self._shared
+        size, width = int(self.manifest.model["vocab_size"]), int(self.manifest.model["hidden_size"])
         with torch.device("meta"):
-            return nn.Linear(1, int(self.manifest.model["vocab_size"]), bias=False)
+            head = nn.Linear(width, size, bias="output_bias" in shared)
+        if shared:
+            weight = shared.get("output", shared["input"])  # tied ones are stored once
+            head.weight = nn.Parameter(weight, requires_grad=False)
+        if head.bias is not None:
+            head.bias = nn.Parameter(shared["output_bias"], requires_grad=False)
+        return head
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         raise UnsupportedModelError(
@@ -172,6 +199,17 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
+def _embeddings(model: Any) -> dict[str, torch.Tensor]:
+    """What drafters borrow of their target."""
+    weight, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    found = {"input": weight.detach().contiguous()}
+    if head.weight is not weight:
+        found["output"] = head.weight.detach().contiguous()
+    if getattr(head, "bias", None) is not None:
+        found["output_bias"] = head.bias.detach().contiguous()
+    return found
+
+
 def _write(
     target: Path,
     model: Any,
@@ -189,6 +227,8 @@ def _write(
             model.generation_config.save_pretrained(made)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
+        if options.hidden:
+            save_file(_embeddings(model), made / EMBEDDINGS)
         files = listed(made)
         sizes = {
             "program_bytes": files[PROGRAM]["bytes"],

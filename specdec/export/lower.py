@@ -88,9 +88,9 @@ class Lowered:
     """Graphs that were lowered and can be written out, with or without common slots."""
 
     def __init__(self, programs: Mapping[str, ExportedProgram], options: Options, contract: Mapping[str, Any]):
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-
         with quietly():
+            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
             self._edge = to_edge_transform_and_lower(
                 dict(programs),
                 partitioner={name: _partitioners(options.delegate) for name in programs},

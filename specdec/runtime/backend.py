@@ -29,12 +29,17 @@ class Capabilities:
     dtype: torch.dtype
     trees: bool = True  # whether rows may see any earlier rows of a step, or only all of them
     nodes: int | None = None  # the largest tree that it has room for at the end of the context; None: any
+    shares: bool = True  # whether a draft may work on the target's slots
     hidden: tuple[int, ...] | None = None  # the hidden states that steps may ask for; None: any, (): none
     widths: tuple[int, ...] | None = None  # rows of its graphs: wider steps run in several. None: any number of rows
     input_width: int = 0  # of what each row reads besides its token; 0: nothing
 
-    def lacks(self, *, trees: bool = False, nodes: int = 0, hidden: Sequence[int] = ()) -> str | None:
+    def lacks(
+        self, *, trees: bool = False, nodes: int = 0, hidden: Sequence[int] = (), shares: bool = False
+    ) -> str | None:
         """What is wanted and not there, in a few words; None when all is."""
+        if shares and not self.shares:
+            return "keeps its slots to itself, and no draft can work on them"
         if trees and not self.trees:
             return "verifies chains only"
         if trees and self.nodes is not None and nodes > self.nodes:

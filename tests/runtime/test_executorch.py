@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +11,18 @@ from typing import Any
 
 import pytest
 import tiny_artifacts
+import tiny_dflash
+import tiny_eagle
 import tiny_models
 import torch
-from specdec.drafters import ModelDrafter
+from specdec.drafters import EagleDrafter, HybridDrafter, MedusaDrafter, ModelDrafter, NgramDrafter
+from tiny_text import TEXT_VOCAB, byte_tokenizer
 
 import specdec
-from specdec import registry
+from specdec import cli, registry
 from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelError
 from specdec.export.options import Method, Options
+from specdec.formats.medusa_heads import HeadShape, MedusaHeads
 from specdec.policy import Fixed
 from specdec.runtime.session import Session
 from specdec.tree import TokenTree
@@ -30,7 +36,7 @@ def artifact() -> Any:
     tiny_artifacts.needs_executorch()
     from specdec.export.artifact import ArtifactModel
 
-    return ArtifactModel.open(tiny_artifacts.export(tiny_artifacts.model()))
+    return ArtifactModel.open(tiny_artifacts.exported())
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +102,34 @@ def test_every_drafter_of_chains_and_trees_keeps_the_text(decoder: specdec.Specu
     made = {
         "model": lambda: decoder.drafter,
         "self": lambda: ModelDrafter(decoder.target),  # the artefact drafts for itself: texts take turns in one program
-        "hybrid": lambda: registry.create("drafter", "hybrid", retrieval="ngram", neural=decoder.drafter),
+        "hybrid": lambda: HybridDrafter(NgramDrafter(), decoder.drafter),
     }.get(name, lambda: registry.create("drafter", name))()
     text = expected(PROMPT, 30)
     trees = (Fixed(3, (3, 2)), StaticTree((-1, -1, 0, 0, 1, 2, 2, 5))) if made.trees else ()
     for policy in (Fixed(1), Fixed(3), Fixed(7), *trees):
         out = decoder.generate(PROMPT, max_new_tokens=30, strict=True, drafter=made, policy=policy)
         assert out.tokens == text, policy.name
+
+
+@pytest.mark.parametrize("name", ["eagle", "medusa", "parallel"])
+def test_drafters_that_read_hidden_states(artifact: Any, name: str) -> None:
+    """They share embeddings and output head with the target: the artefact brings both along."""
+    model = tiny_artifacts.model()
+    text = expected(PROMPT, 30)
+    if name == "eagle":
+        made: Any = EagleDrafter(tiny_eagle.fitted(copy.deepcopy(model).double(), PROMPT + text).float())
+    elif name == "medusa":
+        heads = MedusaHeads(HeadShape(3, 1, 16, TEXT_VOCAB, TEXT_VOCAB, "tied"))
+        made = MedusaDrafter(artifact, tiny_models.randomize(heads, 0.03, 0))
+    else:
+        made = tiny_dflash.drafter(artifact, tiny_dflash.fitted(model, PROMPT + text))
+    for policy in (Fixed(3), Fixed(3, (3, 2))):
+        decoder = specdec.SpeculativeDecoder(artifact, drafter=made, policy=policy)
+        out = decoder.generate(PROMPT, max_new_tokens=30, strict=True)
+        assert out.tokens == text
+        usual = specdec.SpeculativeDecoder(model, drafter=made, policy=policy, backend="eager")
+        stats = usual.generate(PROMPT, max_new_tokens=30, strict=True).stats
+        assert stats.num_accepted_draft_tokens == out.stats.num_accepted_draft_tokens > 0
 
 
 def test_an_artifact_drafts_for_a_model_in_torch(artifact: Any) -> None:
@@ -152,8 +179,11 @@ def test_a_committed_branch_copies_nothing(artifact: Any, monkeypatch: pytest.Mo
 def test_what_was_not_exported_is_refused(decoder: specdec.SpeculativeDecoder, artifact: Any) -> None:
     with pytest.raises(IncompatiblePairError, match="room for trees of 16 nodes, not 39"):
         decoder.generate(PROMPT, policy=Fixed(3, (3, 3, 3)))
-    with pytest.raises(InputError, match=r"hidden state 0 .*gives 1, 2 only.*--hidden 0,1,2"):
-        decoder.backend.expose((0,))
+    with pytest.raises(InputError, match=r"hidden state 3 .*gives 0, 1, 2 only.*--hidden 0,1,2,3"):
+        decoder.backend.expose((3,))
+    for name in ("early_exit", "self_quant"):
+        with pytest.raises(IncompatiblePairError, match=f"the {name} drafter .* keeps its slots to itself"):
+            specdec.SpeculativeDecoder(artifact, drafter=name, policy=Fixed(3))
     with pytest.raises(UnsupportedModelError, match=r"runs exported artefacts.*specdec export"):
         specdec.SpeculativeDecoder(tiny_artifacts.model(), backend="executorch")
     with pytest.raises(UnsupportedModelError, match="runs on the executorch backend"):
@@ -175,6 +205,36 @@ def test_memory_is_told(decoder: specdec.SpeculativeDecoder) -> None:
     session.append(PROMPT)
     session.forward()
     assert backend.num_bytes == backend.bytes_for(96)
+
+
+# The commands, without the original weights.
+
+
+def test_generate_and_compare_run_from_the_folder_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_artifacts.needs_executorch()
+    folder = str(tiny_artifacts.exported())
+    common = ("--artifact", folder, "--threads", "1", "--max-new-tokens", "12")
+    assert cli.main(["generate", "import os", *common, "--k", "3", "--json", str(tmp_path / "text.json")]) == 0
+    made = json.loads((tmp_path / "text.json").read_text())
+    assert made["tokens"] == expected(byte_tokenizer()("import os")["input_ids"], 12) == made["tokens"][:12]
+    assert made["drafter"] == "ngram"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("import os\ndef f(x):\n")
+    report = tmp_path / "report.json"
+    arguments = ["--prompts", str(prompts), "--repetitions", "1", "--warmup", "0", "--json", str(report)]
+    assert cli.main(["compare", *common, "--drafter-artifact", folder, "--k", "2", *arguments]) == 0
+    found = json.loads(report.read_text())
+    assert found["identical"] == found["prompts"] == 2
+    assert found["parameters"]["target"] == sum(p.numel() for p in tiny_artifacts.model().parameters())
+    assert "executorch on xnnpack, graphs of 1, 4, 8 rows" in found["backend"]
+    assert found["stats"]["draft_acceptance_rate"] == 1.0  # it drafts for itself
+    capsys.readouterr()
+    assert cli.main(["generate", "x", "--artifact", folder, "--target", "org/model"]) == 2
+    assert "--artifact stands for a --target" in capsys.readouterr().err
+    assert cli.main(["generate", "x", "--artifact", str(tmp_path)]) == 2
+    assert "is no artefact: it has no manifest.json" in capsys.readouterr().err
+    assert cli.main(["export", folder]) == 2
+    assert "is an artefact already" in capsys.readouterr().err
 
 
 # The negative control of shared buffers, and the size of several graphs.

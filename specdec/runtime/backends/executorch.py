@@ -178,6 +178,7 @@ class ExecutorchBackend(Backend):
             device=program.model.device,
             dtype=program.model.dtype,
             nodes=program.options.max_nodes,
+            shares=False,
             hidden=program.options.hidden,
             widths=tuple(sorted({m.width for m in program.methods})),
         )
