@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import specdec
 from specdec.bench.prompts import Prompt
 from specdec.bench.synthetic import PRESETS, make_pair, make_prompts, piece
+from specdec.bench.timing import Interval
 from specdec.train import stdlib
 
 # Lines of a prompt, and of the file before it is too short for one.
@@ -61,19 +63,19 @@ def excerpts() -> list[Prompt]:
 
 
 def embedded(quick: bool = False) -> Pair:
-    """Float32, one thread; 20 prompts to plan on, 24 others to measure on, once each."""
+    """Float32, one thread; 40 prompts to plan on, 40 others to measure on, once each."""
     torch.set_num_threads(1)
     prompts = excerpts()
-    plan, measure = (2, 2) if quick else (20, 24)
+    plan, measure = (2, 2) if quick else (40, 40)
     return Pair("embedded", 1, prompts[:plan], prompts[plan : plan + measure], 1)
 
 
 def synthetic(quick: bool = False, preset: str = "134m") -> Pair:
-    """Bfloat16, two threads; the texts of such a pair are much alike, so few of them are enough."""
+    """Bfloat16, two threads; the texts of such a pair are much alike, so fewer of them are enough."""
     torch.set_num_threads(2)
     preset = "tiny" if quick else preset
     pair = make_pair(preset, dtype=torch.bfloat16, share=False)
-    plan, measure = (2, 2) if quick else (6, 6)
+    plan, measure = (2, 2) if quick else (12, 12)
 
     def prompts(number: int, seed: int) -> list[Prompt]:
         rows = make_prompts(PRESETS[preset], number, 64, seed)
@@ -81,4 +83,15 @@ def synthetic(quick: bool = False, preset: str = "134m") -> Pair:
 
     parts = {"target": pair.target, "draft": pair.draft, "tokenizer": pair.tokenizer}
     options = {"eos_token_id": []}
-    return Pair(preset, 2, prompts(plan, 0), prompts(measure, 1), 1 if quick else 2, options, parts)
+    return Pair(preset, 2, prompts(plan, 0), prompts(measure, 1), 1, options, parts)
+
+
+def pooled(seconds: Sequence[tuple[float, ...]]) -> Interval:
+    """Plain seconds of all prompts over the others, from (plain, other) of each; 95 % by bootstrap over prompts."""
+
+    def ratio(of: Sequence[tuple[float, ...]]) -> float:
+        return sum(plain for plain, _ in of) / sum(other for _, other in of)
+
+    draw = random.Random(0)
+    drawn = sorted(ratio(draw.choices(seconds, k=len(seconds))) for _ in range(1000))
+    return Interval(ratio(seconds), drawn[24], drawn[975])

@@ -212,7 +212,7 @@ def _show_rows(out: Console, report: Report) -> None:
         table.add_row(*_cells(row), style=style)
     out.print(table)
     out.print(
-        "[dim]speed-up: of whole calls over plain ones, the median over texts. tokens: per round. cost: of a round, in "
+        "[dim]speed-up: of whole calls over plain ones, all texts together. tokens: per round. cost: of a round, in "
         "plain ones. break-even: the acceptance that gives 1.0x if it is the same for every drafted token.[/]"
     )
 

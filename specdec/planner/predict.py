@@ -60,16 +60,13 @@ class TextCost:
         rounds = sum(count * self.round.round(*size) for size, count in work.rounds.items())
         return self.once.seconds(work.num_prompt_tokens) + rounds
 
-    def speedup(self, work: Work) -> float:
-        """Plain seconds over the seconds of these rounds; 1 for plain decoding."""
-        return self.plain_seconds(work) / self.seconds(work) if work.rounds else 1.0
-
 
 @dataclass(frozen=True)
 class Prediction:
-    """One row of a plan. `speedup`: the median over texts of whole calls, prompts included; `low` and `high`: 95 %.
+    """One row of a plan. `speedup`: of all texts together, whole calls, prompts included; `low` and `high`: 95 %.
 
-    `tokens_per_round`, `accepted` (of the drafted tokens) and `milliseconds_per_token` are of all texts together.
+    `median`: the speed-up of the text in the middle, which `specdec compare` reports. `tokens_per_round`, `accepted`
+    (of the drafted tokens) and `milliseconds_per_token` are of all texts together.
     `break_even`: the acceptance of every drafted token, if it were the same for all, at which a round of this size is
     worth what it costs; None where no acceptance is enough, or none is needed. `acceptance`: the uniform one that would
     give the same tokens per round.
@@ -79,6 +76,7 @@ class Prediction:
     speedup: float
     low: float
     high: float
+    median: float
     tokens_per_round: float
     accepted: float
     milliseconds_per_token: float
@@ -137,28 +135,41 @@ def plan(
         raise InputError("a plan needs the same texts, at least one, for every setting")
     draw, texts = random.Random(seed), range(counts.pop())
     tried = [costs, *resampled]
-    speedups = {setting: [[cost.speedup(work) for work in of] for cost in tried] for setting, of in works.items()}
-    medians: dict[Setting, list[float]] = {setting: [] for setting in works}
+    # Seconds of every text at every cost, plainly and under the setting.
+    seconds = {setting: [[_seconds(cost, work) for work in of] for cost in tried] for setting, of in works.items()}
+    found: dict[Setting, list[float]] = {setting: [] for setting in works}
     for _ in range(RESAMPLES):
         which, chosen = draw.randrange(len(tried)), draw.choices(texts, k=len(texts))
-        for setting, values in speedups.items():
-            medians[setting].append(statistics.median([values[which][text] for text in chosen]))
-    return [_row(setting, costs, list(works[setting]), speedups[setting][0], medians[setting]) for setting in works]
+        for setting, values in seconds.items():
+            found[setting].append(_ratio([values[which][text] for text in chosen]))
+    return [_row(setting, costs, list(works[setting]), seconds[setting][0], found[setting]) for setting in works]
+
+
+def _seconds(cost: TextCost, work: Work) -> tuple[float, float]:
+    plain = cost.plain_seconds(work)
+    return plain, cost.seconds(work) if work.rounds else plain
+
+
+def _ratio(seconds: Sequence[tuple[float, float]]) -> float:
+    return sum(plain for plain, _ in seconds) / sum(fast for _, fast in seconds)
 
 
 def _row(
-    setting: Setting, costs: TextCost, works: Sequence[Work], speedups: Sequence[float], medians: Sequence[float]
+    setting: Setting,
+    costs: TextCost,
+    works: Sequence[Work],
+    seconds: Sequence[tuple[float, float]],
+    resampled: Sequence[float],
 ) -> Prediction:
     rounds = sum(work.num_rounds for work in works)
     tokens = sum(work.num_tokens for work in works)
     drafted = sum(size[0] * count for work in works for size, count in work.rounds.items())
-    seconds = sum(costs.seconds(work) if work.rounds else costs.plain_seconds(work) for work in works)
-    ordered = sorted(medians)
-    middle = statistics.median(speedups)
+    ordered, speedup = sorted(resampled), _ratio(seconds)
     row: dict[str, Any] = {
         "tokens_per_round": tokens / rounds if rounds else 1.0,
         "accepted": (tokens - rounds) / drafted if drafted else 0.0,
-        "milliseconds_per_token": 1e3 * seconds / tokens,
+        "milliseconds_per_token": 1e3 * sum(fast for _, fast in seconds) / tokens,
+        "median": statistics.median(plain / fast for plain, fast in seconds),
     }
     if setting.k:
         full = costs.round.round(*chain(setting.k))
@@ -168,7 +179,7 @@ def _row(
     elif setting.shape:
         row["cost"] = costs.round.seconds(setting.shape) / costs.round.plain_round()
     low, high = ordered[int(0.025 * (len(ordered) - 1))], ordered[int(0.975 * (len(ordered) - 1) + 0.5)]
-    return Prediction(setting, middle, min(low, middle), max(high, middle), **row)
+    return Prediction(setting, speedup, min(low, speedup), max(high, speedup), **row)
 
 
 def best(rows: Sequence[Prediction]) -> Prediction:

@@ -51,6 +51,7 @@ def nothing() -> None:
 def _briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bare forwards and the memory's speed are measured for moments: nothing here asks how fast they are."""
     monkeypatch.setattr("specdec.bench.bare._SECONDS", 0.0)
+    monkeypatch.setattr("specdec.bench.bare._MIN_REPETITIONS", 1)
     monkeypatch.setattr("specdec.bench.machine.BUFFER_BYTES", 1 << 20)
 
 

@@ -189,7 +189,8 @@ def test_intervals_hold_texts_and_costs() -> None:
     found = {Setting(): [Work(0, 60)] * 4, Setting(4): texts}
     (_, row) = plan(cost, found)
     assert row.low < row.speedup < row.high
-    assert row.speedup == pytest.approx((60 / 28 + 60 / 42) / 2)  # the median over texts
+    assert row.speedup == pytest.approx(240 / (1.4 * (15 + 20 + 30 + 40)))  # all texts together
+    assert row.median == pytest.approx((60 / 28 + 60 / 42) / 2)
     same = {Setting(): [Work(0, 60)], Setting(4): texts[:1]}
     assert plan(cost, same)[1].low == plan(cost, same)[1].high
     noisy = plan(cost, same, [costs(draft=0.05), costs(draft=0.2)])[1]
