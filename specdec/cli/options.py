@@ -126,6 +126,17 @@ def _unknown(error: TypeError) -> str:
     return f"it has no option {found[1]!r}" if found else str(error)
 
 
+def chosen_policy(arguments: argparse.Namespace) -> str:
+    """The name of the policy that is meant, also where only its options were given."""
+    if arguments.policy is not None:
+        return str(arguments.policy)
+    if arguments.tree_plan is not None:
+        return "fitted-tree"
+    if arguments.threshold is not None:
+        return "confidence"
+    return "fixed" if arguments.tree is not None or arguments.k is not None else "throughput"
+
+
 def build_policy(arguments: argparse.Namespace) -> Policy:
     """The policy that `--policy`, `--k`, `--tree` and `--threshold` describe together."""
     from specdec import registry
@@ -140,11 +151,7 @@ def build_policy(arguments: argparse.Namespace) -> Policy:
         options["threshold"] = arguments.threshold
     if arguments.tree_plan is not None:
         options["plan_file"] = arguments.tree_plan
-    name = arguments.policy
-    if name is None and arguments.tree_plan is not None:
-        name = "fitted-tree"
-    elif name is None:
-        name = "confidence" if arguments.threshold is not None else "fixed" if options else "throughput"
+    name = chosen_policy(arguments)
     options.update(arguments.policy_option)
     flags = ("k", "tree", "threshold", "tree_plan")
     given = [flag.replace("_", "-") for flag in flags if getattr(arguments, flag) is not None]

@@ -12,7 +12,7 @@ from specdec.dtypes import dtype_name
 from specdec.registry import available
 from specdec.sweep import identity
 from specdec.sweep.cell import done_cell
-from specdec.sweep.setting import BUILT_IN, EMBEDDED, Setting
+from specdec.sweep.setting import BUILT_IN, DEFAULT_VERIFIER, EMBEDDED, FIXED, Setting
 
 if TYPE_CHECKING:
     from specdec.api import SpeculativeDecoder
@@ -26,14 +26,14 @@ NUM_STORIES = 3
 
 def setting_of(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> Setting:
     """The setting that the command line described, as a sweep would have written it."""
-    chosen, policy = options.chosen_drafter(arguments), decoder.policy
+    chosen, policy = options.chosen_drafter(arguments), options.chosen_policy(arguments)
     policy_options: dict[str, Any] = dict(arguments.policy_option)
     for name, key in (("threshold", "threshold"), ("tree_plan", "plan_file")):
         if getattr(arguments, name, None) is not None:
             policy_options[key] = getattr(arguments, name)
     depth = arguments.k if arguments.k is not None else policy_options.pop("k", None)
-    if depth is None and arguments.tree is None and policy.name == "fixed" and decoder.drafter.name != "none":
-        depth = policy.start().plan().depth
+    if depth is None and arguments.tree is None and policy == FIXED and decoder.drafter.name != "none":
+        depth = decoder.policy.start().plan().depth
     return Setting(
         target=arguments.target or EMBEDDED,
         draft=None if chosen in available("drafter") else chosen,
@@ -41,9 +41,9 @@ def setting_of(arguments: argparse.Namespace, decoder: SpeculativeDecoder) -> Se
         drafter_options=dict(arguments.drafter_option),
         k=None if arguments.tree is not None else depth,
         tree=arguments.tree,
-        policy=policy.name,
+        policy=policy,
         policy_options=policy_options,
-        verifier=decoder.verifier.name,
+        verifier=arguments.verifier or DEFAULT_VERIFIER,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
