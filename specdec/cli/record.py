@@ -66,8 +66,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _setting(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the models and texts are called, in the fields of a sweep's setting."""
-    names = ("max_new_tokens", "repetition_penalty", "limit", "limit_per_category", "turns", "quantize")
-    names += ("draft_quantize", "kv_cache", "dtype", "backend", "numerics", "threads", "device")
+    names = [
+        "max_new_tokens", "repetition_penalty", "limit", "limit_per_category", "turns", "quantize", "draft_quantize",
+        "kv_cache", "dtype", "backend", "numerics", "threads", "device",
+    ]  # fmt: skip
     found = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     return {
         **found,

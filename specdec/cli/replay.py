@@ -100,7 +100,7 @@ def _settings(arguments: argparse.Namespace, recording: Recording) -> list[Setti
 def _read_costs(path: str | None) -> Costs | None:
     if path is None:
         return None
-    from specdec.replay.engine import read_costs
+    from specdec.replay.prices import read_costs
 
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

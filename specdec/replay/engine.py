@@ -17,18 +17,17 @@ from specdec.costs import Costs
 from specdec.drafter import Memory
 from specdec.errors import InputError
 from specdec.policy import Plan, Policy, PolicyRun
+from specdec.replay.prices import costs_of
 from specdec.replay.recording import Recording, Text
-from specdec.replay.rules import Doubts, Rule, View, chain, tree_of
+from specdec.replay.rules import Rule, chain, tree_of
+from specdec.replay.spread import half_interval
+from specdec.replay.view import Doubts, View
 from specdec.trace import STAGES, Round, Stats, summarize
 from specdec.tree import Structure, structure
 from specdec.verifier import Verifier
 
 # Walks over the texts where acceptance is random given the text.
 REPETITIONS = 32
-# Half-widths of 95 % intervals, in standard errors: of many draws, and (Student's) of n + 2 texts.
-_SIGMAS = 1.96
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_STUDENT += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 # A policy that follows the clock is bracketed by machines on which drafting costs nothing, and on which it never pays.
 _FREE, _DEAR = Costs(draft_average=0.0), Costs(draft_average=1e3)
 
@@ -183,28 +182,6 @@ class _Walk:
         return length
 
 
-def costs_of(recording: Recording) -> Costs | None:
-    """What rounds cost where the recording was made; None when that was not measured. Raises `InputError`."""
-    found = recording.meta.get("costs")
-    return None if found is None else read_costs(found, "the recording")
-
-
-def read_costs(found: Any, where: str) -> Costs:
-    """From `{"verify": {"1": seconds, …}, "draft": seconds, "other": seconds}`. Raises `InputError`."""
-    try:
-        verify = {int(width): float(value) for width, value in found["verify"].items()}
-        costs = Costs(verify, {}, float(found.get("draft", 0.0)), float(found.get("other", 0.0)))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f'{where}: costs are {{"verify": {{"1": seconds, "5": seconds}}, "draft": seconds a level, "other": '
-            f"seconds a round}}, and these lack or garble {error}"
-        ) from error
-    numbers = [*costs.verify.values(), costs.draft_average, costs.other]
-    if 1 not in verify or min(verify) < 1 or min(verify.values()) <= 0 or not all(0 <= n < math.inf for n in numbers):
-        raise InputError(f"{where}: costs need seconds > 0 for widths from 1 on, and none below 0")
-    return costs
-
-
 def replay(
     recording: Recording,
     policy: Policy | str = "fixed",
@@ -299,32 +276,9 @@ def _bound(walk: _Walk, texts: list[list[Round]], stats: Stats, follows_clock: b
         # A row that is off by a mass errs in acceptance by as much at most, on the average over the text's token.
         rounds = sum(len(text) for text in texts)
         found += walk.doubts.tails / max(rounds, 1)
-    if not walk.rule.keeps_text:
-        found += _chance(texts, times)
-    inconsistent = walk.recording.meta["num_inconsistent"]
-    if inconsistent:
-        found += here * inconsistent / max(1, len(texts))
+    if not walk.rule.keeps_text or walk.recording.meta["num_inconsistent"]:
+        found += half_interval(texts, times)
     return found
-
-
-def _chance(texts: list[list[Round]], times: int) -> float:
-    """Half a 95 % interval of the difference between one run's tokens per round and the replay's.
-
-    The run's text and the recorded one are two draws of the same law; rounds of a text vary together, so that the
-    larger of two estimates counts: rounds as independent draws, and texts as independent draws. One text is halved.
-    """
-    rounds = [float(r.num_accepted) for text in texts for r in text]
-    if len(rounds) < 2:
-        return 0.0
-    mean, per_run = statistics.fmean(rounds), len(rounds) / times
-    groups = texts if len(texts) > 1 else [texts[0][0::2], texts[0][1::2]]
-    n = len(groups)
-    residuals = [sum(r.num_accepted - mean for r in group) / times for group in groups]
-    by_text = math.sqrt(sum(r * r for r in residuals) * n / (n - 1)) / per_run
-    by_round = math.sqrt(statistics.pvariance(rounds) / per_run)
-    student = _STUDENT[n - 2] if n - 2 < len(_STUDENT) else _SIGMAS
-    # Nothing accepted in one of two runs of one law, and up to five in the other: that would not surprise.
-    return max(math.sqrt(2) * max(_SIGMAS * by_round, student * by_text), 5.0 / per_run)
 
 
 def _speedup(texts: list[list[Round]], costs: Costs) -> float:

@@ -17,7 +17,8 @@ from specdec.policy import Plan
 from specdec.proposal import Draw
 from specdec.registry import create
 from specdec.replay.recording import LAYOUT, Recording, Text
-from specdec.replay.rules import Doubts, Rule, View, chain, tree_of
+from specdec.replay.rules import Rule, chain, tree_of
+from specdec.replay.view import Doubts, View
 from specdec.tree import structure
 
 VOCAB = 3
