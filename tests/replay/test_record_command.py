@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,23 @@ def test_costs_give_predictions(trace: Path, tmp_path: Path, capsys: pytest.Capt
     costs.write_text("{")
     assert main(["replay", str(trace), "--costs", str(costs)]) == 2
     assert "--costs" in capsys.readouterr().err
+
+
+@needs_pair
+def test_the_commands_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "replay.md").read_text(encoding="utf-8")
+    commands = [line for line in page.splitlines() if line.startswith("specdec re")]
+    assert len(commands) == 4
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if words[0] == "record":
+            words += ["--limit", "1", "--max-new-tokens", "10", "--no-costs"]
+        assert main(words) == 0, command
+    assert (tmp_path / "replayed.json").is_file()
+    assert "not told" not in capsys.readouterr().out
 
 
 @needs_pair
