@@ -248,12 +248,13 @@ def _work(
 
 
 def _write(arguments: argparse.Namespace, document: dict[str, Any], out: Console) -> None:
+    from specdec.cli import sweep_screen
     from specdec.sweep import export
 
     if any(cell["status"] == "done" for cell in document["cells"]):
         from specdec.bench import specbench_table
 
-        specbench_table.show(out, document, published=arguments.published)
+        specbench_table.show(out, sweep_screen.relabelled(document), published=arguments.published)
     written = []
     for kind, write in (("json", export.write_json), ("csv", export.write_csv), ("parquet", export.write_parquet)):
         path = getattr(arguments, kind)

@@ -157,11 +157,22 @@ def show(console: Console, document: Mapping[str, Any], run: Run, left: int) -> 
             console.print(line)
     if failed:
         console.print(f"\n[bold red]{len(failed)} failed[/]")
+        failed = relabelled({"cells": failed})["cells"]
         for message, labels in _by_message(failed).items():
             more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
             console.print(f"  {escape(', '.join(labels[:3]))}{more}: [dim]{escape(message)}[/]", soft_wrap=True)
     if left:
         console.print(f"\n{left} cells are not finished: other processes are at work on them, or were stopped")
+
+
+def relabelled(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with labels that leave out the prompt set where there is only one."""
+    cells = document["cells"]
+    if len({cell["setting"]["prompt_set"] for cell in cells}) > 1:
+        return dict(document)
+    settings = [Setting.of(cell["setting"]).changed(prompt_set=BUILT_IN) for cell in cells]
+    named = [{**cell, "label": setting.label()} for cell, setting in zip(cells, settings, strict=True)]
+    return {**document, "cells": named}
 
 
 def _by_message(failed: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -300,6 +311,7 @@ class Board:
 
     def look(self) -> None:
         """See what other processes have finished."""
+        before = self.num_over
         for key in self.cells:
             if key in self._done:
                 continue
@@ -307,7 +319,7 @@ class Board:
             if cell is not None and cell["status"] == "done":
                 self._take(cell)
         self._num_failed = self.store.counts(self.cells).failed
-        self._draw()
+        self._draw(force=self.num_over > before)
 
     def _take(self, cell: Mapping[str, Any]) -> None:
         if cell["status"] == "done":

@@ -21,8 +21,8 @@ NONE = "none"
 PLAIN_AXES = (
     "target",
     "quantize",
-    "kv_cache",
     "dtype",
+    "kv_cache",
     "draft_quantize",
     "prompt_set",
     "max_new_tokens",

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from specdec import registry
 from specdec.sweep.setting import EMBEDDED, Setting
 
 # Of a large file, this many bytes at its beginning, its end and evenly between are read.
@@ -25,13 +26,13 @@ def models(setting: Setting) -> dict[str, Any]:
     from specdec.loading import EMBEDDED as SHIPPED
 
     pair = SHIPPED if setting.target == EMBEDDED else None
-    own = None
-    if pair is not None:
-        own = pair / ("draft" if setting.drafter == "model" else setting.drafter)
+    drafts = setting.draft or setting.drafter
+    own = pair / ("draft" if drafts == "model" else drafts) if pair is not None else None
+    is_plugin = drafts in registry.available("drafter")  # whatever else of that name lies about
     options = {**setting.drafter_options, **{f"policy {k}": v for k, v in setting.policy_options.items()}}
     return {
         "target": _named(str(pair / "target") if pair is not None else setting.target),
-        "drafter": _named(str(own) if own is not None and own.is_dir() else setting.drafter),
+        "drafter": _named(str(own)) if own is not None and own.is_dir() else drafts if is_plugin else _named(drafts),
         "options": {name: _named(value) for name, value in sorted(options.items()) if isinstance(value, str)},
     }
 

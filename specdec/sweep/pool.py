@@ -109,8 +109,12 @@ class Pool:
         return twin
 
     def forks(self, setting: Setting) -> PromptForks:
-        """Where prompts of the setting's decoder are kept."""
-        return self._forks.setdefault(_key(setting, _TARGET + _DECODER), PromptForks())
+        """Where prompts of the setting's decoder are kept; those of the decoder before are let go of."""
+        key = _key(setting, _TARGET + _DECODER)
+        if key not in self._forks:
+            self._forks.clear()
+            self._forks[key] = PromptForks()
+        return self._forks[key]
 
     def plain(self, setting: Setting) -> PlainTexts:
         """Plain texts of the setting's target and options, shared by all rules, policies and batches.

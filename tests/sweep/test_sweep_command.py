@@ -131,7 +131,7 @@ def test_failures_are_told_once_for_each_reason(sweep):
     assert code == 0
     assert "4 failed" in out
     assert out.count("did you mean 'suffix'") == 1
-    assert "and 1 more" in out
+    assert "sufix k=1 T=0, sufix k=2 T=0, sufix k=3 T=0 and 1 more: UnknownPluginError" in out
     assert sweep("--drafter", "sufix", "--k", "1")[0] == 1, "nothing ran"
 
 

@@ -309,3 +309,12 @@ def test_other_weights_prompts_and_measurements_are_other_cells(folder, tmp_path
     assert Engine(FAST).key(setting) != key
     with pytest.raises(InputError, match="cannot read prompts"):
         Engine(FAST).key(setting.changed(prompt_set=str(tmp_path / "nowhere.jsonl")))
+
+
+def test_a_folder_that_has_a_plugins_name_is_not_it(folder, tmp_path, monkeypatch):
+    setting = grid(folder, {"drafter": ["ngram"], "k": [2]})[0]
+    key = Engine(FAST).key(setting)
+    (tmp_path / "ngram").mkdir()
+    (tmp_path / "ngram" / "config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert Engine(FAST).key(setting) == key
