@@ -24,7 +24,7 @@ def headline(view: View) -> str:
         return "Nothing was drafted: this is plain decoding twice."
     s = best.speedup
     if s is None:
-        return f"{best.per_round or 1:.2f} tokens per round; speed was not measured."
+        return f"{best.per_round or 1:.2f} tokens per round, where plain decoding has one."
     if s.low > 1:
         return f"Speculation pays: {_times(s.median)} the speed of plain decoding."
     if s.high < 1:
@@ -70,7 +70,10 @@ def _lead(view: View) -> Markup:
         best.speedup is not None and slices and (clean or 0) < slices / 2 and best.raw.get("clean_means") != "unknown"
     )
     warning = " Other programs disturbed the timings: take speeds with care." if noisy else None
-    return el("p", parts, ". ", el("span", said, cls=kind or None), el("span", warning, cls="warn"), cls="lead")
+    untimed = " Speed was not measured." if best.speedup is None else None
+    return el(
+        "p", parts, ". ", el("span", said, cls=kind or None), el("span", warning, cls="warn"), untimed, cls="lead"
+    )
 
 
 def _figures(view: View) -> Markup:
