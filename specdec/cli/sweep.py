@@ -15,7 +15,7 @@ from specdec.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specdec.cli.sweep_screen import Board
+    from specdec.cli.sweep_board import Board
     from specdec.sweep.engine import Engine, Run
     from specdec.sweep.setting import Setting
     from specdec.sweep.store import Store
@@ -198,6 +198,7 @@ def build_run(arguments: argparse.Namespace) -> Run:
 def run(arguments: argparse.Namespace) -> int:
     screen.quiet(arguments)
     from specdec.cli import sweep_screen
+    from specdec.cli.sweep_board import Board
     from specdec.sweep import export
     from specdec.sweep.engine import Engine, has_bug
     from specdec.sweep.store import Store
@@ -213,7 +214,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.dry_run:
                 sweep_screen.show_plan(out, engine, cells, store)
                 return 0
-            board = sweep_screen.Board(err, store, cells, engine.run.timed)
+            board = Board(err, store, cells, engine.run.timed)
             board.resumed(arguments.retry_failed)
             _work(arguments, engine, store, cells, board)
             document = store.document(cells)

@@ -1,16 +1,12 @@
-"""What `specdec sweep` shows: how far it is, the best so far, and the table at the end."""
+"""What `specdec sweep` shows in the end, and beforehand with --dry-run."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
-from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from specdec.bench.divergence import BUG
 from specdec.sweep.cell import FORKED
@@ -19,18 +15,16 @@ from specdec.sweep.setting import BUILT_IN, DEFAULT_VERIFIER, EMBEDDED, Setting
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specdec.sweep.engine import Engine, Progress, Run
+    from specdec.sweep.engine import Engine, Run
     from specdec.sweep.store import Store
 
-_BEST = 5
-# Seconds between two drawings, which happen between timed calls only.
-_REDRAW = 0.5
 # Below this share of undisturbed slices, the table says so.
 _CLEAN = 0.9
 _CELL_OVERHEAD = 3.0
 
 
-def _seconds(value: float) -> str:
+def for_people(value: float) -> str:
+    """Seconds as hours, minutes and seconds."""
     minutes, seconds = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
@@ -86,7 +80,8 @@ _SETTING: tuple[_Column, ...] = (
 _LEFT = ("target", "drafter", "k, tree", "verifier", "weights", "kv", "dtype", "prompts")
 
 
-def _columns(settings: Sequence[Setting]) -> list[_Column]:
+def columns_of(settings: Sequence[Setting]) -> list[_Column]:
+    """What is worth a column: the method, and whatever varies."""
     return [c for c in _SETTING if c[1] or len({c[2](setting) for setting in settings}) > 1]
 
 
@@ -102,7 +97,7 @@ def _table(columns: Sequence[_Column], heads: Sequence[str]) -> Table:
 def cell_table(cells: Sequence[Mapping[str, Any]], timed: bool, columns: Sequence[_Column] | None = None) -> Table:
     """Finished cells, a row each; the best one in bold."""
     settings = [Setting.of(cell["setting"]) for cell in cells]
-    columns = _columns(settings) if columns is None else columns
+    columns = columns_of(settings) if columns is None else columns
     speeds = ["speed-up", "95 %"] if timed else []
     table = _table(columns, ["per round", "accepted", *speeds, "same"])
     best = max(cells, key=merit, default=None)
@@ -143,7 +138,7 @@ def show(console: Console, document: Mapping[str, Any], run: Run, left: int) -> 
     failed = [cell for cell in document["cells"] if cell["status"] == "failed"]
     if done:
         settings = [Setting.of(cell["setting"]) for cell in done]
-        columns = _columns(settings)
+        columns = columns_of(settings)
         where = document["environment"]
         threads = where.get("threads", 1)
         console.print(f"\n[bold]{len(done)} cells[/] [dim]{escape(_fixed(settings, columns))}[/]")
@@ -212,7 +207,7 @@ def _remarks(done: Sequence[Mapping[str, Any]], run: Run) -> Iterator[str]:
 def show_plan(console: Console, engine: Engine, cells: Mapping[str, Setting], store: Store) -> None:
     """What would be run, and about how long it would take."""
     settings = list(cells.values())
-    columns = _columns(settings)
+    columns = columns_of(settings)
     table = _table(columns, ["state"])
     state = {key: store.cell(key) for key in cells}
     for key, setting in cells.items():
@@ -226,7 +221,7 @@ def show_plan(console: Console, engine: Engine, cells: Mapping[str, Setting], st
         known = [found["cell_seconds"] for found in state.values() if found and found["status"] == "done"]
         total = len(todo) * sum(known) / len(known) if known else estimate(engine, todo)
         how = "by the cells that are done" if known else "at the speed of plain decoding, measured on one short text"
-        console.print(f"about {_seconds(total)} ({how})")
+        console.print(f"about {for_people(total)} ({how})")
 
 
 def estimate(engine: Engine, settings: Sequence[Setting]) -> float:
@@ -241,114 +236,3 @@ def estimate(engine: Engine, settings: Sequence[Setting]) -> float:
     times = 2 * engine.run.repetitions if engine.run.timed else 1
     tokens = sum(len(prompt_set(s).prompts) * s.max_new_tokens * times for s in settings)
     return tokens * step + (_CELL_OVERHEAD * len(settings) if engine.run.timed else 0)
-
-
-# ------------------------------------------------------------------ meanwhile
-
-
-class Board:
-    """A sweep under way: a line with the time left and the best cells, redrawn in place; lines without a terminal.
-
-    Nothing is drawn by a thread: that would be one of the disturbances.
-    """
-
-    def __init__(self, console: Console, store: Store, cells: Mapping[str, Setting], timed: bool):
-        self.console, self.store, self.cells, self.timed = console, store, cells, timed
-        self.live: Live | None = None
-        self._now = ""
-        self._share = 0.0  # of the running cell
-        self._drawn = 0.0
-        self._began = time.monotonic()
-        self._done: dict[str, dict[str, Any]] = {}
-        self._seconds: list[float] = []
-        self._num_failed = 0
-
-    def resumed(self, retry_failed: bool) -> None:
-        """Say what the store has already."""
-        counts = self.store.counts(self.cells)
-        for key in self.cells:
-            cell = self.store.cell(key)
-            if cell is not None and cell["status"] == "done":
-                self._done[key] = cell
-        self._num_failed = 0 if retry_failed else counts.failed
-        if counts.done or counts.failed:
-            failed = f", {counts.failed} of them failed" if counts.failed else ""
-            again = " (--retry-failed runs those again)" if counts.failed and not retry_failed else ""
-            found = counts.done + counts.failed
-            self.say(f"{found} of {counts.total} cells are in the store{failed}{again}")
-
-    def say(self, message: str) -> None:
-        self.console.print(f"note: {message}", markup=False, style="yellow")
-
-    def __enter__(self) -> Board:
-        if self.console.is_terminal and len(self.cells) > 1:
-            self.live = Live(console=self.console, auto_refresh=False, transient=True)
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
-
-    @property
-    def num_over(self) -> int:
-        return len(self._done) + self._num_failed
-
-    def starting(self, setting: Setting) -> Progress:
-        self._now, self._share = setting.label(), 0.0
-        self._draw(force=True)
-
-        def tick(done: int, total: int, what: str) -> None:
-            self._share = done / max(total, 1)
-            self._draw()
-
-        return tick
-
-    def finished(self, cell: Mapping[str, Any]) -> None:
-        self._take(cell)
-        self._draw(force=True)
-
-    def look(self) -> None:
-        """See what other processes have finished."""
-        before = self.num_over
-        for key in self.cells:
-            if key in self._done:
-                continue
-            cell = self.store.cell(key)
-            if cell is not None and cell["status"] == "done":
-                self._take(cell)
-        self._num_failed = self.store.counts(self.cells).failed
-        self._draw(force=self.num_over > before)
-
-    def _take(self, cell: Mapping[str, Any]) -> None:
-        if cell["status"] == "done":
-            self._done[cell["key"]] = dict(cell)
-        else:
-            self._num_failed += 1
-        self._seconds.append(cell["cell_seconds"])
-        if self.live is None:
-            if cell["status"] == "done":
-                said = f"{cell['stats']['mean_acceptance_length']:.2f} per round"
-                said += f", {cell['speedup']['median']:.2f}×" if cell.get("speedup") else ""
-            else:
-                said = f"failed: {cell['error']['type']}"
-            self.console.print(f"{self.num_over}/{len(self.cells)} {cell['label']}: {said}", markup=False)
-
-    def _left(self) -> str:
-        passed = time.monotonic() - self._began
-        finished = len(self._seconds) + self._share
-        if finished < 0.2:
-            return ""
-        return f", {_seconds(passed / finished * (len(self.cells) - self.num_over - self._share))} left"
-
-    def _draw(self, force: bool = False) -> None:
-        if self.live is None or (not force and time.monotonic() - self._drawn < _REDRAW):
-            return
-        self._drawn = time.monotonic()
-        failed = f", {self._num_failed} failed" if self._num_failed else ""
-        line = Text(f"{self.num_over} of {len(self.cells)} cells{failed}{self._left()} · {self._now}", style="dim")
-        best = sorted(self._done.values(), key=merit, reverse=True)[:_BEST]
-        columns = _columns(list(self.cells.values()))
-        shown = Group(line, cell_table(best, self.timed, columns)) if best else Group(line)
-        self.live.update(shown, refresh=True)

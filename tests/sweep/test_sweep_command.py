@@ -18,6 +18,7 @@ from sweep_worker import save_pair
 from specdec import cli
 from specdec.bench import bare
 from specdec.cli import sweep_screen
+from specdec.cli.sweep_board import Board
 from specdec.errors import InputError
 from specdec.loading import EMBEDDED
 from specdec.sweep import engine, export
@@ -241,9 +242,7 @@ def test_the_board_counts_and_shows_the_best_without_a_thread():
     out = io.StringIO()
     with Store() as store:
         store.add(made["cells"][0])
-        board = sweep_screen.Board(
-            Console(file=out, width=100, force_terminal=True, highlight=False), store, cells, True
-        )
+        board = Board(Console(file=out, width=100, force_terminal=True, highlight=False), store, cells, True)
         board.resumed(False)
         assert "1 of 4 cells are in the store" in out.getvalue()
         with board:
@@ -256,6 +255,8 @@ def test_the_board_counts_and_shows_the_best_without_a_thread():
             board.look()
         assert board.num_over == 3
         assert "3 of 4 cells" in out.getvalue()
+        assert re.search(r"2 of 4 cells, \d+ s left", out.getvalue())
+        assert " -" not in re.sub(r"\x1b[^m]*m", "", out.getvalue()), "no time is negative"
         best = max(made["cells"][:3], key=sweep_screen.merit)
         assert f"{best['speedup']['median']:.2f}×" in out.getvalue()
 
