@@ -8,13 +8,14 @@ from itertools import product
 from specdec.errors import InputError
 from specdec.report.panels import along
 from specdec.report.shapes import Heat, Line, Panel, Plot, Spot
-from specdec.report.view import Axis, Cell, View
+from specdec.report.view import AXES, Axis, Cell, View
 
 # By what is asked for; the order is that of a report.
 KINDS = ("speed", "tokens", "acceptance", "text", "pareto", "heatmap")
-MAX_PANELS = 12
+MAX_PANELS = 16
 MAX_POSITIONS = 16
 MIN_REACHED = 10
+_SHAPE = next(axis for axis in AXES if axis.name == "shape")
 
 
 def axis_of(view: View, name: str) -> Axis | None:
@@ -71,9 +72,17 @@ def places(cells: Sequence[Cell]) -> dict[str, float]:
 
 def shape(cell: Cell) -> str:
     """What is drafted each round: `4`, `4x2x1`, or a policy's name."""
-    from specdec.report.view import AXES
+    return _SHAPE.value(cell.setting)
 
-    return next(axis for axis in AXES if axis.name == "shape").value(cell.setting)
+
+def _telling(panels: Sequence[Panel], tells: Callable[[Panel], bool]) -> tuple[list[Panel], int]:
+    """Panels that tell something, and how many others there are; all of them where none does."""
+    kept = [panel for panel in panels if tells(panel)] or list(panels)
+    return kept, len(panels) - len(kept)
+
+
+def _compares(panel: Panel) -> bool:
+    return len(panel.lines) > 1
 
 
 Measure = Callable[[Cell], Spot | None]
@@ -100,9 +109,10 @@ def _against_k(view: View, kind: str, title: str, y_title: str, measure: Measure
             lines += _k_lines(view, group, where, rest, measure)
         if lines:
             made.append(Panel(name, lines))
+    made, left_out = _telling(made, lambda panel: any(len(line.spots) > 1 for line in panel.lines))
     reference = (1.0, "plain loop") if kind == "speed" else None
     ticks = [(at, value) for value, at in where.items()]
-    return Plot(kind, title, "drafted per round (k)", y_title, made, view.colours, ticks, reference)
+    return Plot(kind, title, "drafted per round (k)", y_title, made, view.colours, ticks, reference, left_out=left_out)
 
 
 def _k_lines(
@@ -157,10 +167,9 @@ def acceptance(view: View) -> Plot | None:
             made.append(Panel(title, lines))
     if not made:
         return None
-    y_title = "accepted of those reached"
-    return Plot(
-        "acceptance", "Acceptance by position", "position in the draft", y_title, made, view.colours, is_share=True
-    )
+    kept, left_out = _telling(made, _compares)
+    titles = ("Acceptance by position", "position in the draft", "accepted of those reached")
+    return Plot("acceptance", *titles, kept, view.colours, is_share=True, left_out=left_out)
 
 
 def text(view: View) -> Plot | None:
@@ -178,7 +187,9 @@ def text(view: View) -> Plot | None:
             made.append(Panel(title, lines))
     if not made:
         return None
-    return Plot("text", "Tokens per round along the text", "tokens of text", "tokens per round", made, view.colours)
+    kept, left_out = _telling(made, _compares)
+    titles = ("Tokens per round along the text", "tokens of text", "tokens per round")
+    return Plot("text", *titles, kept, view.colours, left_out=left_out)
 
 
 def _worth(view: View, cell: Cell) -> float | None:
@@ -244,7 +255,9 @@ def heatmap(view: View) -> Heat | None:
     if len(maps) > MAX_PANELS:
         kept = _usual_shape([cell for _, _, cell in maps])
         maps = [one for one in maps if shape(one[2]) == kept][:MAX_PANELS]
-    return Heat("Tokens per round", [(n, v) for n, v, _ in maps], view.values(verifier), view.values(temperature))
+    return Heat(
+        "Tokens per round by rule", [(n, v) for n, v, _ in maps], view.values(verifier), view.values(temperature)
+    )
 
 
 def _usual_shape(cells: Sequence[Cell]) -> str:

@@ -34,7 +34,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Plot:
-    """Panels that share their axes. `ticks`: of x, where those are no numbers of its scale; `reference`: a level."""
+    """Panels that share their axes. `ticks`: of x, where those are no numbers of its scale; `reference`: a level;
+    `left_out`: panels that would have compared nothing, where others do."""
 
     kind: str
     title: str
@@ -45,6 +46,7 @@ class Plot:
     ticks: list[tuple[float, str]] = field(default_factory=list)
     reference: tuple[float, str] | None = None
     is_share: bool = False
+    left_out: int = 0
 
     @property
     def spots(self) -> list[Spot]:

@@ -205,6 +205,8 @@ def _show_plot(console: Console, plot: Plot) -> None:
     if any(spot.low is not None for spot in plot.spots):
         what += ", with 95 % intervals"
     console.print(f"[dim]{escape(what)}[/]")
+    if plot.left_out:
+        console.print(f"[dim]{plot.left_out} panels with a single setting are left out[/]")
     legend = _legend(plot, ascii_only)
     if legend.plain.strip():
         console.print(legend)

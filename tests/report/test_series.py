@@ -109,6 +109,20 @@ def test_what_a_single_cell_does_not_allow_is_refused_by_name(kind):
         plots(View(document), [kind])
 
 
+def test_panels_that_compare_nothing_are_left_out_and_counted():
+    from specdec.sweep.setting import Setting
+
+    settings = [Setting(drafter=d, k=k) for d in ("model", "ngram") for k in (1, 2)]
+    settings += [Setting(drafter="model", k=2, temperature=t) for t in (0.5, 1.0)]
+    view = View({"cells": [sweep_documents.cell(setting) for setting in settings]})
+    for kind in ("tokens", "acceptance"):
+        plot = only(view, kind)
+        assert [panel.title for panel in plot.panels] == ["T 0"], kind
+        assert plot.left_out == 2
+    alone = View({"cells": [sweep_documents.cell(setting) for setting in settings[4:]]})
+    assert [line.name for line in only(alone, "acceptance").panels[0].lines] == ["0.5", "1"]
+
+
 def test_unknown_kinds_are_refused(view):
     with pytest.raises(InputError, match="no kind of plot"):
         plots(view, ["pie"])
@@ -119,7 +133,7 @@ def test_axes_beyond_the_panels_go_into_the_names_of_lines():
 
     settings = [
         Setting(drafter=d, k=k, temperature=t, seed=s)
-        for d in ("model", "ngram") for k in (1, 2) for t in (0.0, 0.5, 0.7, 1.0) for s in range(4)
+        for d in ("model", "ngram") for k in (1, 2) for t in (0.0, 0.5, 0.7, 1.0) for s in range(5)
     ]  # fmt: skip
     cells = [sweep_documents.cell(setting, num_prompts=1) for setting in settings]
     plot = only(View({"cells": copy.deepcopy(cells)}), "tokens")
