@@ -111,7 +111,8 @@ def agreement(made: Sequence[Generation], reference: Sequence[Generation]) -> di
 
 
 def pair_text(value: Mapping[str, float], digits: int = 2) -> str:
-    return f"{value['mean']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
+    mean, low, high = (f"{value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} ({low}{' to ' if low.startswith('-') else '–'}{high})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
