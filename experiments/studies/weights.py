@@ -142,10 +142,10 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     found = [kept.get(FULL, row, FULL, "–", full)]
     for way in ways(args.kind):
-        names = {role: f"{way.name}: {role}" for role in ROLES}
-        missing = any(name not in kept.found for name in names.values())
+        mine = {role: f"{way.name}: {role}" for role in ROLES}
+        missing = any(name not in kept.found for name in mine.values())
         changed = {part: way.of(model, tokens_BT) for part, model in full.items()} if missing else {}
-        for role, name in names.items():
+        for role, name in mine.items():
             found.append(kept.get(name, row, way.name, role, changed))
     return found
 
