@@ -22,7 +22,7 @@ from specdec.replay import Recording, record, replay
 from specdec.trace import Round, summarize
 from specdec.tree_policy import DynamicTree, StaticTree
 
-DEPTH, TOKENS, SEED = 4, 20, 3
+DEPTH, TOKENS, SEED = 4, 16, 3
 PROMPT = tiny_drafters.PROMPT
 CHAINS: list[Policy] = [Fixed(1), Fixed(DEPTH), Heuristic(2, limit=DEPTH), Confidence(0.4, k=DEPTH)]
 TREES: list[Policy] = [Fixed(3, (3, 2)), StaticTree(comb(DEPTH, 3))]
@@ -186,8 +186,8 @@ def test_what_a_trace_cannot_tell_is_refused() -> None:
             replay(recording, policy, verifier)
     with pytest.raises(IncompatiblePairError, match="chains"):
         replay(recorded("ngram", 0.0), Fixed(2, (2, 2)))
-    with pytest.raises(InputError, match="at most 20"):
-        replay(recording, Fixed(2), max_new_tokens=21)
+    with pytest.raises(InputError, match="at most 16"):
+        replay(recording, Fixed(2), max_new_tokens=17)
 
 
 def test_record_refuses_what_it_cannot_do() -> None:
