@@ -80,7 +80,8 @@ class ArtifactModel(nn.Module):
                 f"{self.folder} holds no embeddings, which this drafter shares with its target: they come along with "
                 "hidden states, specdec export --hidden I,I"
             )
-        return nn.Embedding.from_pretrained(shared["input"])
+        table: nn.Module = nn.Embedding.from_pretrained(shared["input"])
+        return table
 
     def get_output_embeddings(self) -> nn.Module:
         """A head that has no weights where nobody can need them but to know how many tokens there are."""
@@ -101,7 +102,7 @@ class ArtifactModel(nn.Module):
         )
 
 
-def model_hash(model: nn.Module) -> str:
+def model_hash(model: Any) -> str:
     """Of the configuration and every weight, by name: the same hash means the same logits."""
     digest = hashlib.sha256()
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}

@@ -75,4 +75,5 @@ class Options:
 
     @staticmethod
     def of(given: dict[str, Any]) -> Options:
-        return Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        return Options(**plain)
