@@ -11,7 +11,7 @@ from specdec.planner import cache, costs, evidence
 from specdec.planner.evidence import Acceptance, Evidence
 from specdec.planner.memory import Memory, memory_needed
 from specdec.planner.predict import Prediction, TextCost, best, plan
-from specdec.planner.verdict import Roofline, Verdict, verdict
+from specdec.planner.verdict import Roofline, Verdict, best_drafting, verdict
 from specdec.policy import check_k
 
 if TYPE_CHECKING:
@@ -101,11 +101,12 @@ def make_plan(
     cost = measured.text_cost()
     rows = plan(cost, found.works(lengths, cost.round), measured.resampled())
     survival = found.survival(min(max(row.setting.k for row in rows), costs.LIMIT))
+    first = found.survival(max(1, best_drafting(rows).setting.k))[0]
     width = max(1 + max(row.setting.k, len(row.setting.shape)) for row in rows)
     length = context_length or max(map(len, prompts)) + int(options["max_new_tokens"])
     return Report(
         rows=rows,
-        verdict=verdict(rows, cost, decoder.drafter.name, survival[0]),
+        verdict=verdict(rows, cost, decoder.drafter.name, first),
         costs=cost,
         memory=memory_needed(decoder, length, width),
         roofline=Roofline(measured.bare[1], cost.round.plain_round(), measured.step_bytes, measured.bandwidth),

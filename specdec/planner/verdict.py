@@ -36,10 +36,14 @@ def flags(row: Prediction) -> str:
     return f"--k {row.setting.k}"
 
 
+def best_drafting(rows: Sequence[Prediction]) -> Prediction:
+    """The best row that drafts anything."""
+    return best([row for row in rows if row.setting.k or row.setting.shape])
+
+
 def verdict(rows: Sequence[Prediction], costs: TextCost, drafter: str, first: float) -> Verdict:
-    """Of all settings of a plan. `first`: the share of first drafted tokens that are accepted."""
-    drafting = [row for row in rows if row.setting.k or row.setting.shape]
-    top = best(drafting)
+    """Of all settings of a plan. `first`: the share of first drafted tokens that are accepted under the best one."""
+    top = best_drafting(rows)
     sure = top.low > 1 if top.speedup > WORTH_IT else top.high < 1 or top.speedup < WORTH_IT
     reason = _reason(top, costs, drafter, first)
     if top.speedup <= WORTH_IT:
@@ -66,7 +70,7 @@ def _reason(top: Prediction, costs: TextCost, drafter: str, first: float) -> str
     verified = (cost_at(cost.verify, nodes + 1) + cost.other) / plain
     parts = [
         f"a drafted token of {drafter} costs {drafted:.0%} of a plain step",
-        f"a verification of {nodes} costs {verified:.2f} steps",
+        f"verifying {nodes} costs {verified:.2f} steps",
         f"{first:.0%} of first drafted tokens are accepted",
     ]
     if top.break_even is not None:

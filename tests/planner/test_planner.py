@@ -136,9 +136,9 @@ def test_plans_are_kept_by_what_they_depend_on(decoder: Any, tmp_path: Path) -> 
     assert [row.as_dict() for row in again.rows] == [row.as_dict() for row in first.rows]
     other = plan_of(decoder, tmp_path, prompts=[[1, 2, 3]])
     assert other.from_cache == {"costs": True, "acceptance": False}
-    fresh = make_plan(decoder, PROMPTS, {"max_new_tokens": 12}, lengths=(2,), with_trees=False,
-                      store=Store(tmp_path, fresh=True))  # fmt: skip
-    assert fresh.from_cache == {"costs": False, "acceptance": False}
+    facts = cost_facts(decoder, {"max_new_tokens": 12}, False)
+    assert Store(tmp_path).load(facts) is not None
+    assert Store(tmp_path, fresh=True).load(facts) is None
 
 
 def test_damaged_files_are_measured_again(decoder: Any, tmp_path: Path) -> None:
