@@ -17,7 +17,8 @@ from specdec.loading import EMBEDDED
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Shortens the long commands: what is tested is that they run as written, not how long they take.
-SHORTER = {"compare": ["--limit", "2", "--repetitions", "1", "--max-new-tokens", "16"], "certify": ["--pairs", "1"]}
+_FEW = ["--limit", "2", "--repetitions", "1", "--max-new-tokens", "16"]
+SHORTER = {"compare": _FEW, "certify": ["--pairs", "1"], "sweep": [*_FEW, "--drafter", "ngram", "--k", "2"]}
 
 needs_pair = pytest.mark.skipif(not (EMBEDDED / "target" / "config.json").exists(), reason="no embedded pair")
 
