@@ -176,6 +176,7 @@ def _show_costs(out: Console, report: Report) -> None:
     from rich import box
     from rich.table import Table
 
+    from specdec.bench.timing import MAX_OTHERS
     from specdec.costs import cost_at
 
     cost = report.costs.round
@@ -191,6 +192,11 @@ def _show_costs(out: Console, report: Report) -> None:
         f"A draft: {1e3 * cost.start:.2f} ms and {1e3 * cost.level:.2f} ms a level; the rest of a round: "
         f"{1e3 * cost.other:.2f} ms; a plain round: {1e3 * cost.plain_round():.2f} ms ({kept})."
     )
+    if report.others > MAX_OTHERS:
+        out.print(
+            f"[yellow]Other processes used {report.others:.1f} cores meanwhile: these are a busy machine's costs; "
+            "--fresh measures again.[/]"
+        )
     curve = " ".join(f"{p:.2f}" for p in report.survival[:8])
     out.print(
         f"Accepted to depth 1, 2, …: {curve} (rounds of {len(report.survival)}; {report.num_texts} texts, "

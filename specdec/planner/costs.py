@@ -11,6 +11,7 @@ import numpy as np
 
 from specdec.bench import bare
 from specdec.bench.machine import ReadProbe, streamed_bytes
+from specdec.bench.timing import others_share, read_load
 from specdec.costs import cost_at
 from specdec.fit.costs import PLAIN, Sample, TimedText, fit_costs, probes, time_texts
 from specdec.fit.optimum import RoundCost
@@ -40,7 +41,8 @@ Tick = Callable[[], None]
 class Costs:
     """Costs as measured: `texts` decoded plainly and under every probe, `bare` forwards behind `length` tokens.
 
-    `bandwidth`: bytes per second that this device reads at best; `step_bytes`: what a plain step has to read.
+    `bandwidth`: bytes per second that this device reads at best; `step_bytes`: what a plain step has to read. `others`:
+    cores' worth of CPU that other processes used meanwhile.
     """
 
     texts: tuple[TimedText, ...]
@@ -49,6 +51,7 @@ class Costs:
     length: int
     bandwidth: float
     step_bytes: int
+    others: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -144,11 +147,13 @@ def measure_costs(
             decoder.generate_plain(prompts[0], **short)
         else:
             decoder.generate(prompts[0], policy=policy, **short)
+    before = read_load()
     texts = time_texts(decoder, prompts[:_COST_PROMPTS], policies, _REPETITIONS, tick, **options)
     ids = decoder.prepare(prompts[0], **options).request.prompt
     found = bare.measure(decoder, ids, WIDTHS)
+    others = others_share(before, read_load())
     device = decoder.backend.capabilities.device
     return Costs(
         tuple(texts), dict(found.target), found.draft, found.length, ReadProbe(device)(),
-        streamed_bytes(decoder.target, found.length),
+        streamed_bytes(decoder.target, found.length), others,
     )  # fmt: skip

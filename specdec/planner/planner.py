@@ -38,6 +38,7 @@ class Report:
     bare_draft: float = 0.0
     exact: bool = False
     source: str = "measured"
+    others: float = 0.0  # cores that other processes used while costs were measured
 
     @property
     def best(self) -> Prediction:
@@ -64,6 +65,7 @@ class Report:
             "memory": self.memory.as_dict(),
             "roofline": self.roofline.as_dict(),
             "from_cache": self.from_cache,
+            "others_cores": self.others,
         }  # fmt: skip
 
 
@@ -117,6 +119,7 @@ def make_plan(
         bare_draft=measured.bare_draft,
         exact=found.exact,
         source=found.source,
+        others=measured.others,
     )
 
 

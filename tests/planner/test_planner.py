@@ -306,10 +306,20 @@ def test_wrong_input_is_refused_before_work(decoder: Any) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cache, out = tmp_path / "cache", tmp_path / "plan.json"
     monkeypatch.setattr("specdec.planner.cache.cache_folder", lambda: cache)
+    monkeypatch.setattr("specdec.planner.costs._REPETITIONS", 1)
+    monkeypatch.setattr("specdec.planner.costs.others_share", lambda *_: 1.5)
     arguments = ["plan", "--limit", "2", "--max-new-tokens", "8", "--k", "1,2,50", "--no-trees", "--json", str(out)]
     assert main([*arguments, "--backend", "eager"]) == 0
     shown = capsys.readouterr().out
-    for words in ("Verification, ms by rows", "k = 50", "Memory bandwidth", "break-even", "speculate", "because"):
+    for words in (
+        "Verification, ms by rows",
+        "k = 50",
+        "Memory bandwidth",
+        "used 1.5 cores",
+        "break-even",
+        "speculate",
+        "because",
+    ):
         assert words in shown
     found = json.loads(out.read_text())
     assert [row["k"] for row in found["rows"]] == [0, 1, 2, 50]
