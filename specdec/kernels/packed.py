@@ -74,6 +74,9 @@ def reference(x: Tensor, format: Format, parts: Parts, bias: Tensor | None = Non
     if format.name == "int8":
         return int8_reference(x, parts["codes"], parts["scales"], bias)
     if format.rounds_rows:
+        from specdec.quant.rows import RowsRounded
+
+        assert isinstance(format, RowsRounded), f"{format.name}: rounds rows in a way of its own"
         return a8_reference(x, *format.whole_numbers(parts), bias)
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.available():
         _warn_once(format.name, ops.why_not())
