@@ -129,7 +129,9 @@ def test_drafters_that_read_hidden_states(artifact: Any, name: str) -> None:
         assert out.tokens == text
         usual = specdec.SpeculativeDecoder(model, drafter=made, policy=policy, backend="eager")
         stats = usual.generate(PROMPT, max_new_tokens=30, strict=True).stats
-        assert stats.num_accepted_draft_tokens == out.stats.num_accepted_draft_tokens > 0
+        assert stats.num_accepted_draft_tokens == out.stats.num_accepted_draft_tokens
+        assert out.stats.num_draft_tokens > 20
+        assert out.stats.num_accepted_draft_tokens > 0 or name == "medusa"  # whose heads learned nothing
 
 
 def test_an_artifact_drafts_for_a_model_in_torch(artifact: Any) -> None:
@@ -241,39 +243,51 @@ def test_generate_and_compare_run_from_the_folder_alone(tmp_path: Path, capsys: 
 
 
 def _sizes_and_faults(folder: Path) -> str:
-    """In a process of its own, for the fault is one of memory."""
+    """In a process of its own, for the fault is one of memory.
+
+    The wide graph's rows take more room than its slots, so that its slots stand elsewhere than those of the narrow one.
+    """
     return f"""
 import torch, tiny_models, sys
 from pathlib import Path
-from dataclasses import replace
 from specdec.export import lower
 from specdec.export.options import Options
 from specdec.export.step import StaticStep, HIDDEN
-model = tiny_models.tiny("llama", dtype=torch.float32, num_hidden_layers=1, hidden_size=256, intermediate_size=512)
-sizes = {{}}
-for k, prefill in (((0,), 1), ((0, 3), 8)):
-    options = Options(prefill_len=prefill, k=k, max_seq_len=32, max_nodes=0)
+from specdec.export.artifact import ArtifactModel, contract_of
+from specdec.export.manifest import Manifest, listed
+from specdec.runtime.backends.executorch import ExecutorchBackend
+shape = dict(num_hidden_layers=1, hidden_size=256, intermediate_size=512, head_dim=64)
+model = tiny_models.tiny("llama", dtype=torch.float32, **shape)
+sizes = []
+lower.load_operators()
+for k, prefill, shared in (((0,), 1, True), ((0, 3), 32, True), ((0,), 32, False)):
+    options = Options(prefill_len=prefill, k=k, max_seq_len=32, max_nodes=0, share_buffers=shared)
     step = StaticStep(model, options.num_slots)
-    lower.load_operators()
-    lowered = lower.Lowered(lower.trace(step, options), options, {{}})
-    for shared in (True, False):
-        lowered.options = replace(options, share_buffers=shared)
-        path = Path({str(folder)!r}) / f"{{len(k)}}{{shared}}.pte"
-        lowered.write(path)
-        sizes[path.stem] = path.stat().st_size
-print(sizes["1True"], sizes["2True"], sum(p.nbytes for p in model.parameters()))
+    path = Path({str(folder)!r}) / f"{{prefill}}{{shared}}" / "model.pte"
+    path.parent.mkdir()
+    contract = contract_of(model, step, options)
+    lower.Lowered(lower.trace(step, options), options, contract).write(path)
+    model.config.save_pretrained(path.parent)
+    Manifest(contract, listed(path.parent)).write(path.parent)
+    try:
+        ExecutorchBackend.open(ArtifactModel.open(path.parent))
+        print("opened")
+    except Exception as error:
+        print("refused:", error)
+    sizes.append(path.stat().st_size)
+print(sizes[0], sizes[1], sum(p.nbytes for p in model.parameters()))
 from executorch.runtime import Runtime
 tokens = [3, 5, 7, 9, 11]
 right = tiny_models.cache_free(model, tokens)
 for shared in (True, False):
-    program = Runtime.get().load_program(Path({str(folder)!r}) / f"2{{shared}}.pte")
-    run = {{name: program.load_method(name) for name in ("prefill_8", "step_1", "swap")}}
+    program = Runtime.get().load_program(Path({str(folder)!r}) / f"32{{shared}}" / "model.pte")
+    run = {{name: program.load_method(name) for name in ("prefill_32", "step_1", "swap")}}
     run["swap"].execute([torch.zeros(1, 33, h, 64) for h in (2, 2)])
-    mask = torch.full((8, 33), HIDDEN)
+    mask = torch.full((32, 33), HIDDEN)
     mask[:4, :4] = torch.where(torch.ones(4, 4).tril() > 0, 0.0, HIDDEN)
-    slots = torch.tensor([0, 1, 2, 3] + [32] * 4)
-    ids = torch.tensor(tokens[:4] + [0] * 4)
-    run["prefill_8"].execute([ids, torch.arange(8), slots, torch.tensor([3]), mask])
+    slots = torch.tensor([0, 1, 2, 3] + [32] * 28)
+    ids = torch.tensor(tokens[:4] + [0] * 28)
+    run["prefill_32"].execute([ids, torch.arange(32), slots, torch.tensor([3]), mask])
     mask = torch.full((1, 33), HIDDEN)
     mask[0, :5] = 0
     at = torch.tensor([4])
@@ -287,11 +301,14 @@ def test_weights_are_stored_once_and_without_shared_buffers_it_is_wrong(tmp_path
     tests = Path(tiny_models.__file__).parent
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _sizes_and_faults(tmp_path)],
-        capture_output=True, text=True, cwd=tests, check=True,
+        capture_output=True, text=True, cwd=tests,
     )  # fmt: skip
-    sizes, right, wrong = done.stdout.strip().splitlines()[-3:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    *opened, sizes, right, wrong = done.stdout.strip().splitlines()[-6:]
     one, three, weights = map(int, sizes.split())
     assert one >= weights
     assert three <= 1.05 * one
     assert float(right) < 1e-4
     assert not float(wrong) < 1e-2  # NaN too
+    assert opened[:2] == ["opened", "opened"]
+    assert "is not there for the other graphs" in opened[2]

@@ -106,7 +106,25 @@ class _Program:
         self.lock = threading.RLock()
         self._holder: weakref.ref[ExecutorchBackend] | None = None
         self.num_swaps = 0
+        self._check_slots()
         _loaded.add(self)
+
+    def _check_slots(self) -> None:
+        """Raise unless what each graph writes is there for the others: without common buffers texts would be wrong."""
+        self.execute(SWAP, self._empty)
+        for method in self.methods:
+            inputs = self.inputs[method.name]
+            for tensor in inputs.all[:3]:
+                tensor.zero_()
+            inputs.slots[1:] = self.options.num_slots  # the bin
+            for mask in inputs.masks:
+                mask.fill_(HIDDEN)[:, 0] = 0
+            self.execute(method.name, inputs.all)
+            if not any(bool(held[0, 0].any()) for held in self.execute(SWAP, self._empty)):
+                raise ArtifactError(
+                    f"{self.model.folder}: what {method.name} writes is not there for the other graphs: the program "
+                    "was exported without common buffers. Export the model again"
+                )
 
     @property
     def slot_bytes(self) -> int:
