@@ -102,7 +102,7 @@ def page(judged: list[dict[str, Any]], accepted: list[dict[str, Any]]) -> str:
                 row["kv_cache"],
                 row["bytes_per_token"],
                 f"{row['loss']:.4f} ({row['loss'] - full:+.4f})",
-                f"{row['kl']:.6f}",
+                f"{max(row['kl'], 0.0):.6f}",
                 f"{row['agreement']:.2%}",
                 f"{len(row['first_divergences']) - len(firsts)}/{len(row['first_divergences'])}",
                 f"{statistics.median(firsts):g}" if firsts else "–",
