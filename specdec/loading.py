@@ -100,7 +100,9 @@ def load_model(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A causal LM from a folder or hub id, in evaluation mode; of an artefact what stands for it. `quantize`: whatever `Recipe.of` takes.
+    """A causal LM from a folder or hub id, in evaluation mode; of an artefact what stands for it.
+
+    `quantize`: whatever `Recipe.of` takes.
 
     Raises `UnsupportedModelError` for weights that are pickled, damaged or incomplete, and for stored weights of a
     library that is not installed.

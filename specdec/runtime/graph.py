@@ -70,7 +70,14 @@ def fingerprint(model: NativeModel) -> str:
         "versions": [torch.__version__, transformers.__version__],
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
     }
+    if config.get("tie_word_embeddings") and _is_untied(model.model):
+        facts["untied"] = True  # the code reads two tensors, whatever the configuration says
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _is_untied(model: Any) -> bool:
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    return head is not None and head.data_ptr() != model.get_input_embeddings().weight.data_ptr()
 
 
 def folder() -> Path:

@@ -340,3 +340,10 @@ def test_the_faster_dtype_is_measured() -> None:
     assert str(dtype).removeprefix("torch.") in why
     assert "as fast as" in why
     assert fastest_dtype(torch.float32, "cpu") == (torch.float32, "float32: the checkpoint's own")
+
+
+def test_a_head_that_was_untied_has_a_graph_of_its_own() -> None:
+    model = tiny_models.tiny("llama", dtype=torch.float32, tie_word_embeddings=True)
+    tied = graph.fingerprint(CompiledBackend.open(model, compile="never")._shared.native)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert graph.fingerprint(CompiledBackend.open(model, compile="never")._shared.native) != tied
