@@ -152,7 +152,9 @@ def _open_artifact(source: str | Path, device: Any, dtype: Any, quantize: Any) -
     model = ArtifactModel.open(source)
     wanted = choose_dtype(dtype, model.device)
     if wanted not in ("auto", model.dtype) or torch.device(device or "cpu").type != "cpu":
-        raise InputError(f"{source} is an artefact for {dtype_name(model.dtype)} on the CPU; leave dtype and device out")
+        raise InputError(
+            f"{source} is an artefact for {dtype_name(model.dtype)} on the CPU; leave dtype and device out"
+        )
     return model
 
 
