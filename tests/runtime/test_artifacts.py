@@ -259,7 +259,7 @@ def test_what_an_artifact_settles_is_no_option(lowered: list[Path]) -> None:
     whole = export(model(), OPTIONS)
     with pytest.raises(InputError, match="leave quantize out"):
         load_model(whole, quantize="int8")
-    with pytest.raises(InputError, match="leave dtype, device out"):
+    with pytest.raises(InputError, match="leave dtype and device out"):
         load_model(whole, dtype="bfloat16")
     stands_for = load_model(whole)
     assert isinstance(stands_for, ArtifactModel)
