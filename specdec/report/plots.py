@@ -191,13 +191,14 @@ def draw(found: Sequence[Plot | Heat], look: Look, *, overview: bool = False) ->
     """A matplotlib figure of all panels, in rows of three; `overview`: one panel of each plot."""
     matplotlib = _matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     parts = list(_parts(found, overview))
     columns = min(len(parts), _COLUMNS)
     rows = math.ceil(len(parts) / columns)
     with matplotlib.rc_context(style(look)):
-        figure = Figure(figsize=(_WIDTH * max(columns, 2) / _COLUMNS, _PANEL_HEIGHT * rows), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.05)
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.05)
+        figure = Figure(figsize=(_WIDTH * max(columns, 2) / _COLUMNS, _PANEL_HEIGHT * rows), layout=layout)
         for number, part in enumerate(parts, 1):
             axes = figure.add_subplot(rows, columns, number)
             if isinstance(part.plot, Heat):
