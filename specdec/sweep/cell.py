@@ -23,12 +23,14 @@ def done_cell(
     *,
     memory: Mapping[str, int] | None = None,
     timing: Mapping[str, Any] | None = None,
+    quality: dict[str, Any] | None = None,
     story: list[dict[str, Any]] | None = None,
     seconds: float = 0.0,
 ) -> dict[str, Any]:
     """The cell of a finished comparison: its `as_dict`, and every row's rounds (of the first repetition).
 
-    `memory`: bytes by `target_weights`, `draft_weights`, `kv`. `timing`: what timed calls include.
+    `memory`: bytes by `target_weights`, `draft_weights`, `kv`. `timing`: what timed calls include. `quality`: what
+    the target makes of the prompts (`specdec.sweep.quality`).
     """
     measured = comparison.as_dict()
     measured["rows"] = [
@@ -39,7 +41,7 @@ def done_cell(
         **measured,
         "memory": dict(memory or {}),
         "timing": dict(timing or {"prefill": COMPUTED}),
-        "quality": None,
+        "quality": quality,
         "story": story,
         "when": now(),
         "cell_seconds": seconds,

@@ -113,6 +113,7 @@ class Engine:
                 "prefill": FORKED if self.run.fork or not self.run.timed else COMPUTED,
                 "alone": self.run.alone,
             },
+            quality=self.pool.quality(setting, decoder),
             story=story,
             seconds=time.perf_counter() - started,
         )

@@ -23,6 +23,7 @@ from specdec.loading import EMBEDDED as SHIPPED
 from specdec.loading import load_model, load_tokenizer, resolve_drafter, stored_dtype
 from specdec.policy import Policy
 from specdec.runtime.choose import fastest_dtype
+from specdec.sweep.quality import prompt_loss
 from specdec.sweep.setting import BUILT_IN, EMBEDDED, Setting, canonical
 
 if TYPE_CHECKING:
@@ -84,11 +85,12 @@ class Pool:
         self._forks: dict[str, PromptForks] = {}
         self._plain: dict[str, PlainTexts] = {}
         self._encoded: dict[str, list[Encoded]] = {}
+        self._quality: dict[str, dict[str, Any] | None] = {}
 
     def clear(self) -> None:
         """Let go of all models and caches."""
         self._target = None
-        for kept in (self._decoders, self._forks, self._plain, self._encoded):
+        for kept in (self._decoders, self._forks, self._plain, self._encoded, self._quality):
             kept.clear()  # type: ignore[attr-defined]
         gc.collect()
         if torch.cuda.is_available():
@@ -132,6 +134,14 @@ class Pool:
             selection = self._selection(setting)
             self._encoded[key] = selection.encode(decoder, found.prompts, options)
         return self._encoded[key]
+
+    def quality(self, setting: Setting, decoder: SpeculativeDecoder) -> dict[str, Any] | None:
+        """What the target makes of the prompts themselves (`prompt_loss`); once for each target."""
+        key = _key(setting, _TARGET + _TEXT + _PROMPTS)
+        if key not in self._quality:
+            prompts = [encoded.ids for encoded in self.prompts(setting, decoder) if encoded.turn == 1]
+            self._quality[key] = prompt_loss(decoder.target, prompts)
+        return self._quality[key]
 
     def _selection(self, setting: Setting) -> Selection:
         from specdec.chat import Chat
