@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,21 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 4,2,1") from None
+
+
+def axis(read: str) -> Callable[[str], list[Any]]:
+    """A reader of `specdec.sweep.axes` as an argument's type."""
+
+    def parse(text: str) -> list[Any]:
+        from specdec.sweep import axes
+
+        try:
+            found: list[Any] = getattr(axes, read)(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return found
+
+    return parse
 
 
 def key_value(text: str) -> tuple[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.cli import screen
+from specdec.cli import options, screen
 from specdec.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,21 +34,6 @@ the tokens per round of a run may lie from these. Exit code 2 when nothing could
 """
 
 
-def _axis(read: str) -> Callable[[str], list[Any]]:
-    """A reader of `specdec.sweep.axes` as an argument's type."""
-
-    def parse(text: str) -> list[Any]:
-        from specdec.sweep import axes
-
-        try:
-            found: list[Any] = getattr(axes, read)(text)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return found
-
-    return parse
-
-
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "replay",
@@ -61,11 +46,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("trace", metavar="TRACE", help="a file of `specdec record`")
     group = parser.add_argument_group("settings (lists; every combination is replayed)")
     group.add_argument(
-        "--k", type=_axis("split_counts"), metavar="1,2,4", help="chains of the fixed policy; 1-8: a range"
+        "--k", type=options.axis("split_counts"), metavar="1,2,4", help="chains of the fixed policy; 1-8: a range"
     )
-    group.add_argument("--tree", type=_axis("split_trees"), metavar="'4,2,1;2,2'", help="trees of the fixed policy")
-    group.add_argument("--policy", type=_axis("split_names"), metavar="P,Q", help="others, as NAME:key=value;key=value")
-    group.add_argument("--verifier", type=_axis("split_names"), metavar="V,W", help="rules (default: coupled)")
+    group.add_argument("--tree", type=options.axis("split_trees"), metavar="'4,2,1;2,2'", help="trees of the fixed policy")
+    group.add_argument("--policy", type=options.axis("split_names"), metavar="P,Q", help="others, as NAME:key=value;key=value")
+    group.add_argument("--verifier", type=options.axis("split_names"), metavar="V,W", help="rules (default: coupled)")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="shorter texts (default: as recorded)")
     group = parser.add_argument_group("results")
     group.add_argument(

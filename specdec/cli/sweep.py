@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,28 +31,14 @@ examples:
   specdec sweep --target org/target --drafter org/draft --prompts spec_bench.jsonl --limit-per-category 5 --store s.db
   specdec sweep --config sweep.toml --only "k <= 4 and drafter == 'model'" --dry-run
 
-A sweep that was stopped, in whatever way, goes on where it was when it is started again with the same --store.
+A sweep that was stopped, in whatever way, goes on where it was when it is started again with the same --store;
+--fresh measures its cells again, as a gate on new code has to.
 Exit code 1 when texts differ and the difference is no tie of the precision (a BUG), or when no cell could run; 2 for
 wrong input.
 """
 # Fields of settings that one flag gives for all cells.
 _TEXTS = ("top_k", "top_p", "min_p", "repetition_penalty", "limit", "limit_per_category", "turns")
 _BASE = (*_TEXTS, "device", "backend", "numerics", "threads")
-
-
-def _axis(read: str) -> Callable[[str], list[Any]]:
-    """A reader of `specdec.sweep.axes` as an argument's type."""
-
-    def parse(text: str) -> list[Any]:
-        from specdec.sweep import axes
-
-        try:
-            found: list[Any] = getattr(axes, read)(text)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return found
-
-    return parse
 
 
 def add_parser(subparsers: Any) -> None:
@@ -82,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_axes(group: Any) -> None:
-    names, nothing = _axis("split_names"), _axis("split_optional")
+    names, nothing = options.axis("split_names"), options.axis("split_optional")
     group.add_argument(
         "--target", action="append", metavar="T", help="hub id or folder; repeatable (default: embedded)"
     )
@@ -90,20 +77,20 @@ def _add_axes(group: Any) -> None:
         "--drafter", type=names, metavar="X,Y", help="plugins, hub ids or folders; options as NAME:key=value;key=value"
     )
     group.add_argument(
-        "--k", type=_axis("split_counts"), metavar="1,2,4", help="chains of the fixed policy; 1-8: a range"
+        "--k", type=options.axis("split_counts"), metavar="1,2,4", help="chains of the fixed policy; 1-8: a range"
     )
-    group.add_argument("--tree", type=_axis("split_trees"), metavar="'4,2,1;2,2'", help="trees of the fixed policy")
+    group.add_argument("--tree", type=options.axis("split_trees"), metavar="'4,2,1;2,2'", help="trees of the fixed policy")
     group.add_argument("--policy", type=names, metavar="P,Q", help="fixed (default) and others, as NAME:key=value")
     group.add_argument("--verifier", type=names, metavar="V,W", help="rules (default: coupled)")
-    group.add_argument("--temperature", type=_axis("split_numbers"), metavar="0,0.7", help="(default: 0)")
+    group.add_argument("--temperature", type=options.axis("split_numbers"), metavar="0,0.7", help="(default: 0)")
     group.add_argument("--quantize", type=nothing, metavar="none,F", help="formats of the target's weights")
     group.add_argument("--draft-quantize", type=nothing, metavar="none,F", help="formats of the draft's weights")
     group.add_argument("--kv-cache", type=nothing, metavar="none,F", help="formats of keys and values")
     group.add_argument("--dtype", type=nothing, metavar="D,E", help="float32, bfloat16, … (default: as for compare)")
-    group.add_argument("--batch", type=_axis("split_counts"), metavar="1,4", help="prompts that decode together")
+    group.add_argument("--batch", type=options.axis("split_counts"), metavar="1,4", help="prompts that decode together")
     group.add_argument("--prompts", action="append", metavar="NAME|FILE", help="as for compare; repeatable")
-    group.add_argument("--seed", type=_axis("split_counts"), metavar="0,1", help="(default: 0)")
-    group.add_argument("--max-new-tokens", type=_axis("split_counts"), metavar="N", help="(default: 64)")
+    group.add_argument("--seed", type=options.axis("split_counts"), metavar="0,1", help="(default: 0)")
+    group.add_argument("--max-new-tokens", type=options.axis("split_counts"), metavar="N", help="(default: 64)")
     group.add_argument("--config", metavar="FILE", help="axes and cells from a .toml or .py file")
     group.add_argument("--only", action="append", default=[], metavar="EXPR", help="keep settings of which it is true")
     group.add_argument("--skip", action="append", default=[], metavar="EXPR", help="leave out settings of which it is")
@@ -136,6 +123,7 @@ def _add_run(group: Any) -> None:
     group.add_argument("--exact", action="store_true", help="re-decide doubtful positions at width 1 (half precision)")
     group.add_argument("--allow-lossy", action="store_true", help="admit rules that change the distribution")
     group.add_argument("--retry-failed", action="store_true", help="run cells again that failed before")
+    group.add_argument("--fresh", action="store_true", help="measure all again, in place of what --store has of it")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="processes on the same store (default: 1)")
     group.add_argument("--dry-run", action="store_true", help="list the cells and the time that they may take")
 
@@ -212,10 +200,13 @@ def run(arguments: argparse.Namespace) -> int:
         own = Path(folder) / "sweep.db" if arguments.jobs > 1 else None
         with Store(arguments.store if arguments.store is not None else own) as store:
             if arguments.dry_run:
-                sweep_screen.show_plan(out, engine, cells, store)
+                with Store() as nothing:
+                    sweep_screen.show_plan(out, engine, cells, nothing if arguments.fresh else store)
                 return 0
+            if arguments.fresh:
+                store.forget(cells)
             board = Board(err, store, cells, engine.run.timed)
-            board.resumed(arguments.retry_failed)
+            board.resumed(arguments.retry_failed, engine.environment)
             _work(arguments, engine, store, cells, board)
             document = store.document(cells)
             left = store.counts(cells).left
@@ -231,18 +222,28 @@ def _work(
     from specdec.sweep.engine import sweep
     from specdec.sweep.jobs import run_jobs
 
+    began = time.time()
     with board:
         if arguments.jobs > 1:
             if engine.run.timed:
                 board.say(f"{arguments.jobs} processes disturb each other's timings; acceptance is not affected")
-            run_jobs(store, cells, engine.run, arguments.jobs, retry_failed=arguments.retry_failed, watching=board.look)
+            run_jobs(
+                store,
+                cells,
+                engine.run,
+                arguments.jobs,
+                retry_failed=arguments.retry_failed,
+                began=began,
+                watching=board.look,
+            )
             engine.run = replace(engine.run, alone=False)
         # What dead processes of --jobs left over is done here; without --jobs, that is everything.
         sweep(
             store,
             cells,
             engine,
-            retry_failed=arguments.retry_failed and arguments.jobs == 1,
+            retry_failed=arguments.retry_failed,
+            began=began,
             starting=board.starting,
             finished=board.finished,
         )
