@@ -27,6 +27,12 @@ Costs are kept for the next plan of the same models on the same device (`--fresh
 measures busy costs.
 """
 
+# What a trace has of its own: options that say it otherwise would be ignored.
+_TEXTS = (
+    "prompts", "limit", "limit_per_category", "turns", "truncate_prompts", "max_new_tokens", "temperature", "top_k",
+    "top_p", "min_p", "repetition_penalty", "seed", "stop", "chat", "chat_template", "chat_option",
+)  # fmt: skip
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -73,6 +79,9 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(
         run=run, exact=False, policy=None, k=None, tree=None, threshold=None, tree_plan=None, policy_option=[]
     )
+    # None until `_take_defaults`: what was given is told from what was not, also where both are the same.
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in _TEXTS})
+    parser.set_defaults(**dict.fromkeys(_TEXTS))
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -83,8 +92,19 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--seconds is a number above 0, not {arguments.seconds}")
 
 
+def _take_defaults(arguments: argparse.Namespace) -> None:
+    """Raises `InputError` for options beside `--trace` that the trace answers."""
+    given = [name for name in _TEXTS if getattr(arguments, name) is not None]
+    if arguments.trace is not None and given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"--trace brings its own prompts and sampling: leave {flags} out, or record a trace with them")
+    for name in set(_TEXTS).difference(given):
+        setattr(arguments, name, arguments.defaults[name])
+
+
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
+    _take_defaults(arguments)
     screen.quiet(arguments)
     from specdec.cli.compare import progress_bar
     from specdec.planner.cache import Store

@@ -15,7 +15,7 @@ from specdec.planner.work import Seen, Size, Work, survival
 from specdec.policy import Fixed, Policy
 from specdec.replay import Recording, Replayed, replay
 from specdec.trace import Round
-from specdec.train.provenance import fingerprint
+from specdec.train.provenance import draft_fingerprint, fingerprint
 from specdec.tree_policy import StaticTree
 
 if TYPE_CHECKING:
@@ -42,15 +42,21 @@ def prompts_of(recording: Recording) -> list[list[int]]:
 class Traced(Evidence):
     """Rounds of every setting that `specdec.replay` can tell from the recording; others are left out.
 
-    Raises `InputError` for a recording of another target or drafter.
+    Raises `InputError` for a recording of another target, drafter or draft model.
     """
 
     def __init__(self, recording: Recording, decoder: SpeculativeDecoder, with_trees: bool = True):
-        meta = recording.meta
-        if meta["drafter"] != decoder.drafter.name or meta["target"] != fingerprint(decoder.target):
+        meta, drafter = recording.meta, decoder.drafter
+        here = {
+            "drafter": drafter.name,
+            "target": fingerprint(decoder.target),
+            "draft": draft_fingerprint(drafter),
+        }
+        other = [f"{name} {meta[name]}, here {value}" for name, value in here.items() if meta[name] != value]
+        if other:
             raise InputError(
-                f"the trace is of another pair: it was recorded with the {meta['drafter']} drafter and target "
-                f"{meta['target']}; plan with those, or record this pair with specdec record"
+                f"the trace is of another pair ({'; '.join(other)}); plan with what it was recorded with, or record "
+                "this pair with specdec record"
             )
         self.recording, self.verifier = recording, decoder.verifier
         self.trees = with_trees and grows_trees(decoder)

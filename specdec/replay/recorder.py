@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from specdec.dtypes import dtype_name
 from specdec.errors import InputError, NonFiniteLogitsError
@@ -143,16 +142,15 @@ def record(
 
 
 def _meta(run: _Run, arrays: Mapping[str, Array], setting: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    from specdec.train.provenance import fingerprint, versions
+    from specdec.train.provenance import draft_fingerprint, fingerprint, versions
 
     decoder, drafter = run.decoder, run.decoder.drafter
     sampling = decoder.prepare([0], **run.options).request.sampling
     known = {f.name: getattr(sampling, f.name) for f in fields(Sampling) if f.name != "processors"}
-    model = getattr(drafter, "model", None)
     return {
         "format": FORMAT,
         "target": fingerprint(decoder.target),
-        "draft": fingerprint(model) if isinstance(model, torch.nn.Module) else None,
+        "draft": draft_fingerprint(drafter),
         "drafter": drafter.name,
         "memory": drafter.memory.value,
         "draw": run.draw.value,

@@ -33,6 +33,12 @@ def fingerprint(model: Any) -> str:
     return found.hexdigest()[:16]
 
 
+def draft_fingerprint(drafter: Any) -> str | None:
+    """Of the model that a drafter asks; None for drafters without one."""
+    model = getattr(drafter, "model", None)
+    return fingerprint(model) if isinstance(model, torch.nn.Module) else None
+
+
 def versions() -> dict[str, str]:
     return {**{name: version(name) for name in _PACKAGES}, "python": platform.python_version()}
 
