@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 # Copies of a verification's logits that sampling and verification hold at once, in float32.
 _LOGIT_COPIES = 3
 _MEMINFO = Path("/proc/meminfo")
-# (limit, used) of the container that this process is in, by the two versions of the kernel's interface.
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+# (limit, used, statistics) of the container that this process is in, by the two versions of the kernel's interface.
+_CGROUPS = tuple(
+    tuple(f"/sys/fs/cgroup/{name}" for name in names)
+    for names in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    )
 )
 
 
@@ -109,8 +112,21 @@ def there_is(device: torch.device) -> tuple[int | None, int | None]:
         total, free = (1024 * int(fields[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):
         return None, None
-    for limit, used in _CGROUPS:
+    for limit, used, statistics in _CGROUPS:
         with suppress(OSError, ValueError):
             most, now = (int(Path(path).read_text(encoding="ascii")) for path in (limit, used))
-            total, free = min(total, most), min(free, most - now)
+            total, free = min(total, most), min(free, most - max(0, now - _reclaimable(statistics)))
     return total, max(0, free)
+
+
+def _reclaimable(statistics: str) -> int:
+    """Bytes of files that were read and are not in use: counted as used, and given back when memory is asked for.
+
+    The older interface has the sum over a container's own groups, which is what its use counts, under another name.
+    """
+    try:
+        lines = Path(statistics).read_text(encoding="ascii").splitlines()
+        fields = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
+    except (OSError, ValueError):
+        return 0
+    return fields.get("total_inactive_file", fields.get("inactive_file", 0))

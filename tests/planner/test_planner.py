@@ -39,6 +39,7 @@ from specdec.planner.traced import Traced, prompts_of, sampling_options
 from specdec.planner.work import recut
 from specdec.policy import Fixed
 from specdec.replay import record
+from specdec.train.provenance import draft_fingerprint
 
 PROMPTS = [[3, 5, 7], [11, 2, 9, 4]]
 
@@ -268,7 +269,16 @@ def test_there_is_less_in_a_container(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     (tmp_path / "max").write_text("500000\n")
     (tmp_path / "now").write_text("100000\n")
-    monkeypatch.setattr(memory, "_CGROUPS", ((str(tmp_path / "max"), str(tmp_path / "now")),))
+    monkeypatch.setattr(memory, "_CGROUPS", (tuple(str(tmp_path / name) for name in ("max", "now", "stat")),))
+    assert there_is(torch.device("cpu")) == (500_000, 400_000)
+    # Files that were read are given back: a container that read a checkpoint is not full.
+    (tmp_path / "stat").write_text("anon 30000\nfile 70000\ninactive_file 60000\nactive_file 10000\n")
+    assert there_is(torch.device("cpu")) == (500_000, 460_000)
+    (tmp_path / "stat").write_text("inactive_file 60000\ntotal_inactive_file 65000\n")  # the older interface
+    assert there_is(torch.device("cpu")) == (500_000, 465_000)
+    (tmp_path / "stat").write_text("inactive_file 900000\n")  # read at another moment
+    assert there_is(torch.device("cpu")) == (500_000, 500_000)
+    (tmp_path / "stat").write_text("nothing of the kind\n")
     assert there_is(torch.device("cpu")) == (500_000, 400_000)
     (tmp_path / "max").write_text("max\n")
     assert there_is(torch.device("cpu")) == (1_024_000, 614_400)
@@ -292,8 +302,33 @@ def test_a_trace_tells_the_same_as_texts_that_are_decoded(decoder: Any, tmp_path
     trees = Traced(trace, decoder).works((1,), cost)
     assert any(setting.name == "tree 2,2,1" for setting in trees)
     other = specdec.SpeculativeDecoder(decoder.target, drafter=NgramDrafter(), backend="eager")
-    with pytest.raises(InputError, match="the trace is of another pair"):
+    with pytest.raises(InputError, match=r"the trace is of another pair.*drafter model, here ngram"):
         Traced(trace, other)
+
+
+def test_a_trace_of_another_draft_model_is_refused(decoder: Any) -> None:
+    trace = record(decoder, PROMPTS, depth=2, costs=False, max_new_tokens=8)
+    draft = ModelDrafter(tiny_models.noisy(decoder.target, 0.03), backend="eager")
+    other = specdec.SpeculativeDecoder(decoder.target, drafter=draft, backend="eager", prefix_cache=0)
+    here = draft_fingerprint(draft)
+    with pytest.raises(InputError, match=rf"another pair \(draft {trace.meta['draft']}, here {here}\)"):
+        Traced(trace, other)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--temperature", "0"], "--temperature"),  # also where it is the default
+        (["--seed", "0", "--limit", "8"], "--limit, --seed"),
+        (["--prompts", "built-in", "--max-new-tokens", "64"], "--prompts, --max-new-tokens"),
+        (["--stop", "x", "--chat"], "--stop, --chat"),
+    ],
+)
+def test_options_that_a_trace_answers_are_refused(
+    given: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--trace", str(tmp_path / "trace.safetensors"), *given]) == 2
+    assert f"leave {named} out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_wrong_input_is_refused_before_work(decoder: Any) -> None:
@@ -327,6 +362,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert found["memory"]["needed"] > 50_000_000
     assert found["from_cache"] == {"costs": False, "acceptance": False}
     assert len(list((cache / "plans").iterdir())) == 2
+    trace = str(tmp_path / "trace.safetensors")
+    texts = ["--limit", "1", "--max-new-tokens", "8", "--backend", "eager"]
+    assert main(["record", "--out", trace, *texts, "--depth", "2"]) == 0
+    assert main(["plan", "--trace", trace, "--k", "1,2", "--no-trees", "--backend", "eager"]) == 0
+    assert "8 new tokens" in " ".join(capsys.readouterr().out.split())
     assert main(["plan", "--limit", "0"]) == 2
     assert main(["plan", "--trace", str(tmp_path / "none")]) == 2
     assert main(["plan", "--context-length", "0"]) == 2
