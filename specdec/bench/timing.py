@@ -140,6 +140,18 @@ class Interval:
     def as_dict(self) -> dict[str, float]:
         return {"median": self.median, "low": self.low, "high": self.high}
 
+    def among(self, number: int) -> Interval:
+        """For the best of `number` settings, chosen by the same data: at 5 % / number, after Bonferroni.
+
+        Of ratios above 0: the normal approximation on the log scale, each side by its own width.
+        """
+        if number < 2 or self.low <= 0 or self.median <= 0:
+            return self
+        normal = statistics.NormalDist()
+        wider = normal.inv_cdf(1 - 0.025 / number) / normal.inv_cdf(0.975)
+        low, high = (self.median * (end / self.median) ** wider for end in (self.low, self.high))
+        return Interval(self.median, min(low, self.low), max(high, self.high))
+
 
 def bootstrap(groups: Sequence[Sequence[float]], *, resamples: int = 2000, seed: int = 0) -> Interval:
     """The median of all values, and its 95 % percentile-bootstrap interval (Efron, 1979).

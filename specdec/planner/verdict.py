@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specdec.bench.timing import Interval
 from specdec.costs import cost_at
 from specdec.planner.predict import Prediction, TextCost, best
 from specdec.tree import structure
@@ -14,11 +15,13 @@ from specdec.tree import structure
 WORTH_IT = 1.02
 # A plain step that reads weights at this share of the memory's speed waits for memory; below the other, for the rest.
 _BOUND, _IDLE = 0.6, 0.35
+_MORE = "plan on more prompts, or measure with specdec compare"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`speculate`: whether it pays. `sure`: whether the whole interval says so."""
+    """`speculate`: whether it pays. `sure`: whether the whole interval says so, widened for the choice of the best
+    setting; that it does not pay is sure where no setting's interval reaches what is worth it."""
 
     speculate: bool
     sure: bool
@@ -43,15 +46,25 @@ def best_drafting(rows: Sequence[Prediction]) -> Prediction:
 
 def verdict(rows: Sequence[Prediction], costs: TextCost, drafter: str, first: float) -> Verdict:
     """Of all settings of a plan. `first`: the share of first drafted tokens that are accepted under the best one."""
+    drafting = [row for row in rows if row.setting.k or row.setting.shape]
     top = best_drafting(rows)
-    sure = top.low > 1 if top.speedup > WORTH_IT else top.high < 1 or top.speedup < WORTH_IT
     reason = _reason(top, costs, drafter, first)
     if top.speedup <= WORTH_IT:
         what = f"do not speculate here: with {top.setting.label}, the best, a text takes {_times(top.speedup)}"
+        # Every setting has to fail, so that each is judged by its own interval.
+        likely = max(drafting, key=lambda row: row.high)
+        sure = likely.high < WORTH_IT
+        if not sure:
+            what += f"; not sure, for the interval of {likely.setting.label} reaches {likely.high:.2f}x: {_MORE}"
         return Verdict(False, sure, what, reason)
     what = f"speculate with {top.setting.label} ({flags(top)}): {top.speedup:.2f}x ({top.low:.2f} to {top.high:.2f})"
+    sure = Interval(top.speedup, top.low, top.high).among(len(drafting)).low > 1
+    interval = "the interval"
+    if len(drafting) > 1:
+        what += f", the best of {len(drafting)} settings, chosen by the same data"
+        interval = "an interval that allows for the choice"
     if not sure:
-        what += "; not sure, for the interval holds 1.0x: plan on more prompts, or measure with specdec compare"
+        what += f"; not sure, for {interval} holds 1.0x: {_MORE}"
     return Verdict(True, sure, what, reason)
 
 

@@ -6,17 +6,27 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from specdec.bench.timing import Interval
 from specdec.cli.screen import count, size
 from specdec.report.markup import Markup, el
 from specdec.report.view import Cell, View, short
+
+
+def _span(interval: Interval) -> str:
+    return f"{interval.low:.2f}–{interval.high:.2f}"
 
 
 def _times(value: float) -> str:
     return f"{value:.2f}×"
 
 
+def _speedups(view: View) -> list[Interval]:
+    """Of the settings that the best one was chosen from."""
+    return [cell.speedup for cell in view.rivals if cell.speedup is not None and cell.stats.get("num_draft_tokens")]
+
+
 def headline(view: View) -> str:
-    """One sentence that a hurried reader may take away."""
+    """One sentence that a hurried reader may take away; the best of several is not judged by its interval alone."""
     best = view.best
     if best is None:
         return "No setting finished."
@@ -25,12 +35,15 @@ def headline(view: View) -> str:
     s = best.speedup
     if s is None:
         return f"{best.per_round or 1:.2f} tokens per round, where plain decoding has one."
-    if s.low > 1:
-        return f"Speculation pays: {_times(s.median)} the speed of plain decoding."
-    if s.high < 1:
-        least = "at best " if len(view.done) > 1 else ""
+    all_of_them = _speedups(view)
+    chosen = f", the best of {len(all_of_them)} settings, chosen by the same data" if len(all_of_them) > 1 else ""
+    if s.among(len(all_of_them)).low > 1:
+        return f"Speculation pays: {_times(s.median)} the speed of plain decoding{chosen}."
+    # Every setting has to fail, so that each is judged by its own interval.
+    if all(one.high < 1 for one in all_of_them):
+        least = "at best " if chosen else ""
         return f"Speculation does not pay here: {least}{_times(s.median)} the speed of plain decoding."
-    return f"No clear gain over plain decoding: {_times(s.median)}."
+    return f"No clear gain over plain decoding: {_times(s.median)}{chosen}."
 
 
 def _identity(cell: Cell) -> tuple[str, str]:
@@ -63,7 +76,9 @@ def _lead(view: View) -> Markup:
         parts += ["Best of ", str(len(view.done)), " settings: "]
     parts.append(el("strong", best.label))
     if best.speedup is not None:
-        parts.append(f", 95 % interval {best.speedup.low:.2f}–{best.speedup.high:.2f}")
+        parts.append(f", 95 % interval {_span(best.speedup)}")
+        if (number := len(_speedups(view))) > 1:
+            parts.append(f", {_span(best.speedup.among(number))} for the best of {number}")
     kind, said = _identity(best)
     clean, slices = best.raw.get("clean_slices"), best.raw.get("slices")
     noisy = (

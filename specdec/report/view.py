@@ -207,9 +207,8 @@ class View:
         for cell in self.cells:
             cell.label = self._label(cell)
             cell.colour = self.colours.index(self.colour_axis.value(cell.setting)) if self.colour_axis else 0
-        self.best = max((c for c in self.done if c.lossless), key=lambda c: c.merit, default=None) or max(
-            self.done, key=lambda c: c.merit, default=None
-        )
+        self.rivals = [c for c in self.done if c.lossless] or self.done
+        self.best = max(self.rivals, key=lambda c: c.merit, default=None)
         self.chosen = self._choose()
 
     def values(self, axis: Axis) -> list[str]:

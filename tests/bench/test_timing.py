@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from specdec.bench.timing import MAX_OTHERS, Gate, Reading, bootstrap, others_share, read_load
+from specdec.bench.timing import MAX_OTHERS, Gate, Interval, Reading, bootstrap, others_share, read_load
 
 
 def readings(*shares: float):
@@ -111,3 +111,14 @@ def test_repetitions_of_one_prompt_are_not_independent_evidence():
 def test_no_values_no_interval():
     with pytest.raises(ValueError, match="no values"):
         bootstrap([[], []])
+
+
+def test_intervals_widen_with_the_choice() -> None:
+    own = Interval(1.2, 1.1, 1.5)
+    assert own.among(1) == own
+    # 0.05 / 20: the normal quantile 3.0233 instead of 1.9600
+    assert own.among(20).low == pytest.approx(1.2 * (1.1 / 1.2) ** (3.0233 / 1.96), rel=1e-4)
+    assert own.among(20).high == pytest.approx(1.2 * (1.5 / 1.2) ** (3.0233 / 1.96), rel=1e-4)
+    assert own.among(2).low > own.among(20).low
+    assert Interval(1.2, 1.2, 1.2).among(9) == Interval(1.2, 1.2, 1.2)
+    assert Interval(0.5, 0.0, 1.0).among(9) == Interval(0.5, 0.0, 1.0)  # no logarithm

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from specdec.errors import InputError
 from specdec.fit.optimum import RoundCost
-from specdec.planner.predict import Once, Setting, TextCost, best, break_even, plan, speedup_at, uniform_acceptance
+from specdec.planner.predict import (
+    Once,
+    Prediction,
+    Setting,
+    TextCost,
+    best,
+    break_even,
+    plan,
+    speedup_at,
+    uniform_acceptance,
+)
 from specdec.planner.verdict import Roofline, verdict
 from specdec.planner.work import (
     Seen,
@@ -241,6 +251,45 @@ def test_a_doubtful_gain_is_called_one() -> None:
     assert found.speculate
     assert not found.sure
     assert "not sure" in found.sentence
+
+
+def row(k: int, low: float, speedup: float, high: float) -> Prediction:
+    return Prediction(Setting(k), speedup, low, high, speedup, 2.0, 0.5, 1.0)
+
+
+PLAIN = row(0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sure", "said"),
+    [
+        ([row(2, 0.7, 0.8, 0.9), row(4, 0.5, 0.6, 0.7)], True, "times as long"),
+        ([row(2, 0.7, 0.95, 1.3)], False, "not sure, for the interval of k = 2 reaches 1.30x"),
+        ([row(2, 0.9, 0.95, 1.0), row(4, 0.5, 0.8, 1.2)], False, "not sure, for the interval of k = 4 reaches 1.20x"),
+        ([row(2, 1.0, 1.01, 1.015)], True, "no less than 99 % of its time"),
+    ],
+)
+def test_that_it_does_not_pay_is_sure_only_where_no_interval_reaches_a_gain(
+    rows: list[Prediction], sure: bool, said: str
+) -> None:
+    found = verdict([PLAIN, *rows], costs(draft=0.1), "model", 0.5)
+    assert (found.speculate, found.sure) == (False, sure)
+    assert said in found.sentence
+    assert ("not sure" in found.sentence) == (not sure)
+
+
+def test_the_best_of_many_needs_more_than_its_own_interval() -> None:
+    top, cost = row(4, 1.02, 1.2, 1.4), costs(draft=0.1)
+    others = [row(k, 0.9, 1.0, 1.1) for k in range(5, 21)]
+    alone, among = verdict([PLAIN, top], cost, "model", 0.5), verdict([PLAIN, top, *others], cost, "model", 0.5)
+    assert alone.sure
+    assert alone.sentence.endswith("1.20x (1.02 to 1.40)")
+    assert among.speculate
+    assert not among.sure
+    assert "the best of 17 settings, chosen by the same data; not sure, for an interval that allows" in among.sentence
+    clear = verdict([PLAIN, row(4, 1.15, 1.2, 1.25), *others], cost, "model", 0.5)
+    assert clear.sure
+    assert clear.sentence.endswith("chosen by the same data")
 
 
 def test_the_roofline_says_what_would_help() -> None:

@@ -110,6 +110,33 @@ def test_the_verdict_goes_by_the_interval(low, median, high, said):
     assert said in Tree(render(told)).text("h1")
 
 
+@pytest.mark.parametrize(
+    ("low", "median", "high", "said"),
+    [
+        (1.4, 1.5, 1.6, "Speculation pays: 1.50×"),
+        (1.02, 1.2, 1.4, "No clear gain over plain decoding: 1.20×"),  # alone it would pay
+        (0.7, 0.8, 0.9, "Speculation does not pay here: at best 0.80×"),
+    ],
+)
+def test_the_best_of_many_is_not_judged_by_its_own_interval(low, median, high, said):
+    told = copy.deepcopy(document(12))
+    for cell in told["cells"]:
+        cell["speedup"].update(low=0.5, median=0.6, high=0.7)
+    told["cells"][3]["speedup"].update(low=low, median=median, high=high)
+    tree = Tree(render(told))
+    assert said in tree.text("h1")
+    assert ("the best of 12 settings, chosen by the same data" in tree.text("h1")) == (median > 1)
+    assert f"95 % interval {low:.2f}–{high:.2f}, " in tree.text("main")
+    assert "for the best of 12" in tree.text("main")
+
+
+def test_one_setting_that_may_gain_is_no_proof_that_none_does():
+    told = copy.deepcopy(document(2))
+    told["cells"][0]["speedup"].update(low=0.7, median=0.8, high=0.9)
+    told["cells"][1]["speedup"].update(low=0.5, median=0.7, high=1.1)
+    assert "No clear gain over plain decoding: 0.80×" in Tree(render(told)).text("h1")
+
+
 def test_a_lossy_rule_and_a_bug_are_said():
     told = document(1)
     told["cells"][0]["stats"]["lossless"] = False
