@@ -48,9 +48,10 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--k", type=options.axis("split_counts"), metavar="1,2,4", help="chains of the fixed policy; 1-8: a range"
     )
-    group.add_argument("--tree", type=options.axis("split_trees"), metavar="'4,2,1;2,2'", help="trees of the fixed policy")
-    group.add_argument("--policy", type=options.axis("split_names"), metavar="P,Q", help="others, as NAME:key=value;key=value")
-    group.add_argument("--verifier", type=options.axis("split_names"), metavar="V,W", help="rules (default: coupled)")
+    trees, names = options.axis("split_trees"), options.axis("split_names")
+    group.add_argument("--tree", type=trees, metavar="'4,2,1;2,2'", help="trees of the fixed policy")
+    group.add_argument("--policy", type=names, metavar="P,Q", help="others, as NAME:key=value;key=value")
+    group.add_argument("--verifier", type=names, metavar="V,W", help="rules (default: coupled)")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="shorter texts (default: as recorded)")
     group = parser.add_argument_group("results")
     group.add_argument(

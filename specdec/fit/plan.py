@@ -7,7 +7,7 @@ import platform
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def circumstances(target: Any, drafter: Drafter) -> dict[str, Any]:
     """What a fit depends on: the models, the device, the threads."""
     parameters = sum(p.numel() for p in target.parameters())
     device = next(target.parameters()).device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "target": f"{type(target).__name__} {parameters} {dtype_name(target.dtype)}",
         "drafter": drafter.name,
@@ -37,7 +37,9 @@ def circumstances(target: Any, drafter: Drafter) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """The CPU's own name, where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

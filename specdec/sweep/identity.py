@@ -75,6 +75,8 @@ def environment(device: Any, threads: int) -> Mapping[str, Any]:
 
     import torch
 
+    from specdec.fit.plan import processor
+
     names = ("specdec", "torch", "transformers")
     kind = torch.device(device)
     return {
@@ -84,13 +86,3 @@ def environment(device: Any, threads: int) -> Mapping[str, Any]:
         "machine": platform.node(),
         "threads": threads,
     }
-
-
-@lru_cache(maxsize=1)
-def processor() -> str:
-    """The CPU's own name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

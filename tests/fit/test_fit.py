@@ -25,7 +25,14 @@ from specdec.fit.optimum import RoundCost
 from specdec.fit.plan import circumstances
 from specdec.fit.ranks import comb, falling
 from specdec.policy import Fixed
+from specdec.sweep.identity import environment
 from specdec.tree import structure
+
+
+def test_sweeps_and_fits_name_the_processor_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.fit.plan.processor", lambda: "a made-up processor")
+    assert environment("cpu", 1)["processor"] == "a made-up processor"
+    assert circumstances(tiny_models.tiny("llama"), NgramDrafter())["device"] == "a made-up processor"
 
 
 def every_tree(nodes: int) -> set[tuple[int, ...]]:
