@@ -79,7 +79,9 @@ def _add_axes(group: Any) -> None:
     group.add_argument(
         "--k", type=options.axis("split_counts"), metavar="1,2,4", help="chains of the fixed policy; 1-8: a range"
     )
-    group.add_argument("--tree", type=options.axis("split_trees"), metavar="'4,2,1;2,2'", help="trees of the fixed policy")
+    group.add_argument(
+        "--tree", type=options.axis("split_trees"), metavar="'4,2,1;2,2'", help="trees of the fixed policy"
+    )
     group.add_argument("--policy", type=names, metavar="P,Q", help="fixed (default) and others, as NAME:key=value")
     group.add_argument("--verifier", type=names, metavar="V,W", help="rules (default: coupled)")
     group.add_argument("--temperature", type=options.axis("split_numbers"), metavar="0,0.7", help="(default: 0)")
