@@ -142,7 +142,7 @@ def _show(console: Console, document: Mapping[str, Any], kinds: Sequence[str] | 
         sweep_screen.show(console, {**document, "cells": failed}, Run(timed=False), 0)
     if not timed and not untimed:
         raise InputError("no cell was finished, so there is nothing to report; --json and --csv have the errors")
-    specbench_table.show(console, {**document, "cells": timed + untimed})
+    specbench_table.show(console, sweep_screen.relabelled({**document, "cells": timed + untimed}))
     view = View(document)
     if kinds is None:
         found = [plot for plot in plots(view) if getattr(plot, "kind", "heatmap") in _USUAL]

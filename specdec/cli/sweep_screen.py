@@ -10,7 +10,7 @@ from rich.table import Table
 
 from specdec.bench.divergence import BUG
 from specdec.sweep.cell import FORKED
-from specdec.sweep.setting import BUILT_IN, DEFAULT_VERIFIER, EMBEDDED, Setting
+from specdec.sweep.setting import BUILT_IN, DEFAULT_VERIFIER, EMBEDDED, Setting, labels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,8 +134,9 @@ def _fixed(settings: Sequence[Setting], columns: Sequence[_Column]) -> str:
 
 def show(console: Console, document: Mapping[str, Any], run: Run, left: int) -> None:
     """The table at the end, failures, and what the figures mean."""
-    done = [cell for cell in document["cells"] if cell["status"] == "done"]
-    failed = [cell for cell in document["cells"] if cell["status"] == "failed"]
+    cells = relabelled(document)["cells"]
+    done = [cell for cell in cells if cell["status"] == "done"]
+    failed = [cell for cell in cells if cell["status"] == "failed"]
     if done:
         settings = [Setting.of(cell["setting"]) for cell in done]
         columns = columns_of(settings)
@@ -152,22 +153,18 @@ def show(console: Console, document: Mapping[str, Any], run: Run, left: int) -> 
             console.print(line)
     if failed:
         console.print(f"\n[bold red]{len(failed)} failed[/]")
-        failed = relabelled({"cells": failed})["cells"]
-        for message, labels in _by_message(failed).items():
-            more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
-            console.print(f"  {escape(', '.join(labels[:3]))}{more}: [dim]{escape(message)}[/]", soft_wrap=True)
+        for message, names in _by_message(failed).items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            console.print(f"  {escape(', '.join(names[:3]))}{more}: [dim]{escape(message)}[/]", soft_wrap=True)
     if left:
         console.print(f"\n{left} cells are not finished: other processes are at work on them, or were stopped")
 
 
 def relabelled(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with labels that leave out the prompt set where there is only one."""
+    """The document with labels that leave out what all of its cells have in common."""
     cells = document["cells"]
-    if len({cell["setting"]["prompt_set"] for cell in cells}) > 1:
-        return dict(document)
-    settings = [Setting.of(cell["setting"]).changed(prompt_set=BUILT_IN) for cell in cells]
-    named = [{**cell, "label": setting.label()} for cell, setting in zip(cells, settings, strict=True)]
-    return {**document, "cells": named}
+    found = labels([Setting.of(cell["setting"]) for cell in cells])
+    return {**document, "cells": [{**cell, "label": name} for cell, name in zip(cells, found, strict=True)]}
 
 
 def _by_message(failed: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -129,18 +129,17 @@ class Setting:
 
     @property
     def shape(self) -> str:
-        """What is drafted each round, for tables: `4`, `4x2x1`, the policy's name, or `–` for nothing."""
+        """What is drafted each round, for tables: `4`, `4x2x1`, the policy with its options, or `–` for nothing."""
         if self.drafter == "none":
             return "–"
         own = "x".join(map(str, self.tree or ())) or str(self.k or "")
-        return own if self.policy == FIXED and own else f"{self.policy} {own}".strip()
+        return own if self.policy == FIXED and own else f"{_with(self.policy, self.policy_options)} {own}".strip()
 
     @property
     def source(self) -> str:
         """What drafts, for tables: the last part of a folder, and options of the drafter."""
         name = Path(self.drafter).name if "/" in self.drafter else self.drafter
-        options = ",".join(f"{key}={_short(value)}" for key, value in sorted(self.drafter_options.items()))
-        return f"{name}:{options}" if options else name
+        return _with(name, self.drafter_options)
 
     @property
     def weights(self) -> str:
@@ -150,7 +149,7 @@ class Setting:
         return "/".join(value or "full" for value in (self.quantize, self.draft_quantize))
 
     def label(self) -> str:
-        """One line that tells settings of a sweep apart; defaults go unsaid."""
+        """One line that tells settings apart: every field that is not its default. Paths are their last parts."""
         if self.drafter == "none":
             parts = ["none"]
         else:
@@ -162,13 +161,49 @@ class Setting:
         parts += [f"kv {self.kv_cache}"] if self.kv_cache else []
         parts += [f"batch {self.batch}"] if self.batch > 1 else []
         parts += [Path(self.prompt_set).stem] if self.prompt_set != BUILT_IN else []
-        return " ".join(parts)
+        said = ((text, getattr(self, name), _DEFAULTS[name]) for name, text in _SAID.items())
+        return " ".join([*parts, *(text.format(_short(value)) for text, value, usual in said if value != usual)])
+
+
+def labels(settings: Sequence[Setting]) -> list[str]:
+    """A label for each, without what all of them have in common; drafter, shape and temperature are always said."""
+    same = [name for name in ("prompt_set", *_SAID) if len({getattr(setting, name) for setting in settings}) == 1]
+    return [setting.changed(**{name: _DEFAULTS[name] for name in same}).label() for setting in settings]
 
 
 FIELDS = tuple(f.name for f in fields(Setting))
+_DEFAULTS = {f.name: f.default for f in fields(Setting)}
+# How labels say fields that are seldom given.
+_SAID = {
+    "target": "on {}",
+    "draft": "draft {}",
+    "top_k": "top-k {}",
+    "top_p": "top-p {}",
+    "min_p": "min-p {}",
+    "repetition_penalty": "penalty {}",
+    "seed": "seed {}",
+    "max_new_tokens": "max {}",
+    "dtype": "{}",
+    "backend": "{}",
+    "numerics": "{}",
+    "device": "{}",
+    "threads": "threads {}",
+    "limit": "limit {}",
+    "limit_per_category": "limit {} each",
+    "turns": "turns {}",
+    "truncate": "truncated",
+    "chat": "chat",
+    "exact": "exact",
+}
 _COUNTS = ("k", "limit", "limit_per_category", "turns", "threads", "batch", "max_new_tokens", "seed", "top_k")
 _NEEDED = ("target", "drafter", "policy", "verifier", "prompt_set")
 _NAMES = (*_NEEDED, "draft", "quantize", "draft_quantize", "kv_cache", "dtype", "backend", "numerics", "device")
+
+
+def _with(name: str, options: Mapping[str, Any]) -> str:
+    """`hybrid:neural=eagle,retrieval=suffix`"""
+    said = ",".join(f"{key}={_short(value)}" for key, value in sorted(options.items()))
+    return f"{name}:{said}" if said else name
 
 
 def _short(value: Any) -> str:

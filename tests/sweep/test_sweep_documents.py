@@ -41,8 +41,9 @@ def test_documents_are_the_same_every_time_and_hang_together():
 def test_settings_say_what_they_are():
     setting = settings(1)[0]
     assert Setting.of(json.loads(json.dumps(setting.as_dict()))) == setting
-    assert setting.label() == "model k=1 T=0"
-    assert setting.changed(tree=[4, 2], k=None, batch=4, quantize="int8").label() == "model 4x2 T=0 int8/full batch 4"
+    assert setting.label() == "model k=1 T=0 limit 3"
+    other = setting.changed(tree=[4, 2], k=None, batch=4, quantize="int8", limit=None)
+    assert other.label() == "model 4x2 T=0 int8/full batch 4"
     with pytest.raises(InputError, match="no 'tempreature'"):
         Setting.of({"tempreature": 1})
     assert cell(setting, failed=True)["error"]["type"] == "MemoryBudgetError"

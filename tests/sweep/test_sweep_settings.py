@@ -22,7 +22,7 @@ from specdec.sweep.axes import (
 )
 from specdec.sweep.config import read_configuration
 from specdec.sweep.filters import Filter
-from specdec.sweep.setting import Setting
+from specdec.sweep.setting import FIELDS, Setting, labels
 
 SETTINGS = st.builds(
     Setting,
@@ -55,6 +55,58 @@ def test_keys_differ_exactly_where_settings_do(a, b):
 def test_equal_numbers_are_equal_settings():
     assert Setting(temperature=0).key == Setting(temperature=0.0).key
     assert Setting(tree=[2, 2]).key == Setting(tree=(2, 2)).key
+
+
+# A value of every field that is not its default.
+OTHER = {
+    "target": "org/other",
+    "draft": "org/draft",
+    "drafter": "ngram",
+    "drafter_options": {"limit": 3},
+    "k": 3,
+    "tree": (2, 2),
+    "policy": "throughput",
+    "policy_options": {"limit": 3},
+    "verifier": "ratio",
+    "temperature": 0.7,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "seed": 1,
+    "max_new_tokens": 128,
+    "quantize": "int8",
+    "draft_quantize": "int8",
+    "kv_cache": "int8",
+    "dtype": "bfloat16",
+    "backend": "eager",
+    "numerics": "fast",
+    "device": "cuda:1",
+    "threads": 2,
+    "batch": 4,
+    "prompt_set": "folder/prompts.jsonl",
+    "limit": 2,
+    "limit_per_category": 2,
+    "turns": 2,
+    "truncate": True,
+    "chat": True,
+    "exact": True,
+}
+
+
+def test_labels_tell_every_field_that_is_not_its_default():
+    assert set(OTHER) == set(FIELDS)
+    usual = Setting(policy="heuristic")  # it takes options, and a k
+    found = [usual.changed(**{name: value}).label() for name, value in OTHER.items()]
+    assert len({*found, usual.label()}) == len(OTHER) + 1
+    assert Setting(k=4).label() == "model k=4 T=0"
+    assert Setting(k=4, top_p=0.9, seed=1, exact=True).label() == "model k=4 T=0 top-p 0.9 seed 1 exact"
+
+
+def test_labels_together_leave_out_what_is_common():
+    settings = [Setting(k=4, seed=seed, top_p=0.9, target="org/t") for seed in (0, 1)]
+    assert labels(settings) == ["model k=4 T=0", "model k=4 T=0 seed 1"]
+    assert labels([]) == []
 
 
 @pytest.mark.parametrize(
@@ -148,7 +200,7 @@ def test_cells_written_out():
         [{"drafter": "eagle", "k": 3}, {"policy": "throughput:limit=8"}, {}, {"drafter": "eagle", "k": 3}],
         {"temperature": 1},
     )
-    assert [s.label() for s in found] == ["eagle k=3 T=1", "model throughput T=1", "model k=5 T=1"]
+    assert [s.label() for s in found] == ["eagle k=3 T=1", "model throughput:limit=8 T=1", "model k=5 T=1"]
     with pytest.raises(InputError, match="shapes of the fixed policy"):
         listed([{"policy": "throughput", "k": 3}])
 
@@ -235,13 +287,13 @@ def test_toml_has_axes_and_cells(tmp_path):
     )
     read = read_configuration(file, {"temperature": 0.5})
     assert [s.label() for s in read.settings] == [
-        "model k=2 T=0.5",
-        "model k=4 T=0.5",
-        "model 3x1 T=0.5",
-        "ngram k=2 T=0.5",
-        "ngram k=4 T=0.5",
-        "ngram 3x1 T=0.5",
-        "hybrid:neural=eagle throughput T=0.5",
+        "model k=2 T=0.5 max 16",
+        "model k=4 T=0.5 max 16",
+        "model 3x1 T=0.5 max 16",
+        "ngram k=2 T=0.5 max 16",
+        "ngram k=4 T=0.5 max 16",
+        "ngram 3x1 T=0.5 max 16",
+        "hybrid:neural=eagle throughput T=0.5 max 16",
     ], "the second cell is one of the axes' own"
     assert {s.max_new_tokens for s in read.settings} == {16}
     assert read.only == ["k != 4"]
