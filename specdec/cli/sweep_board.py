@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.text import Text
 
 from specdec.cli.sweep_screen import cell_table, columns_of, for_people, merit
-from specdec.sweep.setting import Setting
+from specdec.report.pairs import changed
+from specdec.sweep.setting import Setting, labels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from specdec.sweep.store import Store
 
 _BEST = 5
+# What figures depend on, of where they were measured.
+_PLACE = ("versions", "device", "processor", "threads")
 # Seconds between two drawings, which happen between timed calls only.
 _REDRAW = 0.5
 
@@ -33,6 +36,7 @@ class Board:
     def __init__(self, console: Console, store: Store, cells: Mapping[str, Setting], timed: bool):
         self.console, self.store, self.cells, self.timed = console, store, cells, timed
         self.live: Live | None = None
+        self._labels = dict(zip(cells.values(), labels(list(cells.values())), strict=True))
         self._now = ""
         self._share = 0.0  # of the running cell
         self._drawn = 0.0
@@ -41,8 +45,8 @@ class Board:
         self._seconds: list[float] = []
         self._num_failed = 0
 
-    def resumed(self, retry_failed: bool) -> None:
-        """Say what the store has already."""
+    def resumed(self, retry_failed: bool, environment: Callable[[Setting], Mapping[str, Any]] | None = None) -> None:
+        """Say what the store has already, and what of it was measured elsewhere than `environment` (of a setting)."""
         counts = self.store.counts(self.cells)
         for key in self.cells:
             cell = self.store.cell(key)
@@ -53,7 +57,28 @@ class Board:
             failed = f", {counts.failed} of them failed" if counts.failed else ""
             again = " (--retry-failed runs those again)" if counts.failed and not retry_failed else ""
             found = counts.done + counts.failed
-            self.say(f"{found} of {counts.total} cells are in the store{failed}{again}")
+            self.say(f"{found} of {counts.total} cells are in the store{failed}{again}; --fresh measures all again")
+        if self._done and environment is not None:
+            self._warn_of_others(environment)
+
+    def _warn_of_others(self, environment: Callable[[Setting], Mapping[str, Any]]) -> None:
+        """Keys know nothing of versions and machines: such cells are taken for finished."""
+        document = self.store.document(self._done)
+        num_others, differences = 0, dict[str, tuple[Any, Any]]()
+        for cell in document["cells"]:
+            place = document["environments"].get(cell["environment"])
+            if place is None:
+                continue
+            now = environment(self.cells[cell["key"]])
+            found = changed(*({name: where.get(name) for name in _PLACE} for where in (place, now)))
+            num_others += bool(found)
+            differences.update(found)
+        if differences:
+            said = "; ".join(f"{name}: {then} → {now}" for name, (then, now) in differences.items())
+            self.say(
+                f"{num_others} of them were measured by other versions or on another machine ({said}) and are not "
+                "measured again: give --fresh to do so, or another --store"
+            )
 
     def say(self, message: str) -> None:
         self.console.print(f"note: {message}", markup=False, style="yellow")
@@ -74,7 +99,7 @@ class Board:
         return len(self._done) + self._num_failed
 
     def starting(self, setting: Setting) -> Progress:
-        self._now, self._share = setting.label(), 0.0
+        self._now, self._share = self._labels[setting], 0.0
         self._draw(force=True)
 
         def tick(done: int, total: int, what: str) -> None:
@@ -112,7 +137,8 @@ class Board:
                 said += f", {cell['speedup']['median']:.2f}×" if cell.get("speedup") else ""
             else:
                 said = f"failed: {cell['error']['type']}"
-            self.console.print(f"{self.num_over}/{len(self.cells)} {cell['label']}: {said}", markup=False)
+            name = self._labels[self.cells[cell["key"]]]
+            self.console.print(f"{self.num_over}/{len(self.cells)} {name}: {said}", markup=False)
 
     def _left(self) -> str:
         passed = time.monotonic() - self._began

@@ -82,9 +82,9 @@ class Engine:
         return setting.keyed([identity.models(setting), prompts, self.run.as_dict()])
 
     def environment(self, setting: Setting) -> Mapping[str, Any]:
-        """Where the setting's cell was run."""
+        """Where the setting's cell is run."""
         device = setting.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return identity.environment(device, torch.get_num_threads())
+        return identity.environment(device, self.pool.num_threads(setting))
 
     def cell(self, setting: Setting, key: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
         """Run one cell. What goes wrong is in the cell, which has then failed; only interruptions are raised."""
@@ -203,6 +203,7 @@ def sweep(
     engine: Engine,
     *,
     retry_failed: bool = False,
+    began: float | None = None,
     starting: Callable[[Setting], Progress | None] | None = None,
     finished: Finished | None = None,
     going: Callable[[], bool] = lambda: True,
@@ -211,13 +212,15 @@ def sweep(
 
     Every cell is claimed before it is run and appended when it is done, so that any number of processes may work on
     one store, and be killed at any time. Returns when nothing is left to claim, or when `going` says no: cells that
-    others are running may then still be under way.
+    others are running may then still be under way. `retry_failed`: cells that failed before `began` (when this sweep
+    did, in seconds since 1970; now) are run again, once.
     """
+    began = time.time() if began is None else began
     store.want((key, setting.as_dict()) for key, setting in cells.items())
     num_run = 0
     tried: set[str] = set()  # a failed cell is tried again once
     while going():
-        key = store.claim((key for key in cells if key not in tried), retry_failed)
+        key = store.claim((key for key in cells if key not in tried), retry_failed, began)
         if key is None:
             break
         tried.add(key)

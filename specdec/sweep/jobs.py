@@ -17,7 +17,9 @@ from specdec.sweep.store import Store
 _POLL = 0.5
 
 
-def work(path: str, cells: Mapping[str, Mapping[str, Any]], run: Run, retry_failed: bool) -> None:
+def work(
+    path: str, cells: Mapping[str, Mapping[str, Any]], run: Run, retry_failed: bool, began: float | None = None
+) -> None:
     """One process: cells of the store until none is left, or until the process that started this one is gone."""
     from transformers.utils import logging
 
@@ -25,7 +27,7 @@ def work(path: str, cells: Mapping[str, Mapping[str, Any]], run: Run, retry_fail
     logging.disable_progress_bar()
     settings = {key: Setting.of(content) for key, content in cells.items()}
     with Store(path) as store:
-        sweep(store, settings, Engine(run), retry_failed=retry_failed, going=_is_wanted)
+        sweep(store, settings, Engine(run), retry_failed=retry_failed, began=began, going=_is_wanted)
 
 
 def _is_wanted() -> bool:
@@ -41,10 +43,12 @@ def run_jobs(
     num_jobs: int,
     *,
     retry_failed: bool = False,
+    began: float | None = None,
     watching: Callable[[], None] = lambda: None,
 ) -> None:
     """Work on `cells` in `num_jobs` processes until they find none to claim; `watching` is called now and then.
 
+    `began`: as for `sweep`; a cell that one of them tried again and that failed again is not tried by the others.
     What a process leaves unfinished because it dies is taken over by those that are still at work, or by the next one.
     Raises `InputError` for a store in memory, which processes cannot share.
     """
@@ -58,7 +62,7 @@ def run_jobs(
     context: Any = multiprocessing.get_context(method)
     if isinstance(context, ForkServerContext):
         context.set_forkserver_preload(["specdec.sweep.engine"])  # imported once for all
-    arguments = (str(store.path), contents, run, retry_failed)
+    arguments = (str(store.path), contents, run, retry_failed, time.time() if began is None else began)
     processes = [context.Process(target=work, args=arguments, daemon=True) for _ in range(num_jobs)]
     for process in processes:
         process.start()

@@ -149,10 +149,13 @@ class Pool:
         chat = (self.chat or Chat()) if setting.chat else None
         return Selection(None, turns=setting.turns, truncate=setting.truncate, chat=chat)
 
-    def _use_threads(self, setting: Setting) -> None:
+    def num_threads(self, setting: Setting) -> int:
+        """CPU threads that the setting's cell is run with."""
         # As the other commands: a second thread slows the embedded pair's small products.
-        usual = 1 if setting.target == EMBEDDED else self._default_threads
-        torch.set_num_threads(setting.threads or usual)
+        return setting.threads or (1 if setting.target == EMBEDDED else self._default_threads)
+
+    def _use_threads(self, setting: Setting) -> None:
+        torch.set_num_threads(self.num_threads(setting))
 
     def _loaded(self, setting: Setting) -> SpeculativeDecoder:
         key = _key(setting, _TARGET + _DECODER)

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import InputError
+from specdec.report.markup import finite
 from specdec.sweep.owner import Owner
 from specdec.sweep.setting import canonical, digest
+from specdec.sweep.sqlite_errors import PATIENCE, explained, patiently
 
 SCHEMA = 1
 # "spec", in the header of the file: whose database it is.
 APPLICATION = 0x73706563
 _MAGIC = b"SQLite format 3\x00"
-# Seconds to wait for another process's transaction, each of which takes milliseconds.
-_PATIENCE = 60.0
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS environments (id TEXT PRIMARY KEY, first_seen REAL NOT NULL, document TEXT NOT NULL);
@@ -65,8 +65,8 @@ class Store:
         self.owner = owner or Owner.here()
         if self.path is not None:
             _check_place(self.path)
-        with _explained(self.path):
-            self._connection = sqlite3.connect(self.path or ":memory:", timeout=_PATIENCE, isolation_level=None)
+        with explained(self.path):
+            self._connection = sqlite3.connect(self.path or ":memory:", timeout=PATIENCE, isolation_level=None)
             try:
                 self._open()
             except BaseException:
@@ -74,10 +74,10 @@ class Store:
                 raise
 
     def _open(self) -> None:
-        self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * _PATIENCE)}")
+        self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * PATIENCE)}")
         _check_schema(self._connection, self.path, new_is_fine=True)
         # A log beside the file lets others read while one writes; some file systems have no room for it.
-        _patiently(lambda: self._connection.execute("PRAGMA journal_mode = WAL").fetchone())
+        patiently(lambda: self._connection.execute("PRAGMA journal_mode = WAL").fetchone())
         self._connection.execute("PRAGMA synchronous = FULL")
         with self._transaction() as run:
             _check_schema(self._connection, self.path, new_is_fine=True)
@@ -88,7 +88,7 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
-        with _explained(self.path):
+        with explained(self.path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection.execute
@@ -99,7 +99,7 @@ class Store:
             self._connection.execute("COMMIT")
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with _explained(self.path):
+        with explained(self.path):
             return self._connection.execute(query, values).fetchall()
 
     def __enter__(self) -> Store:
@@ -121,13 +121,21 @@ class Store:
             for position, (key, setting) in enumerate(cells, place + 1):
                 run("INSERT OR IGNORE INTO wanted VALUES (?, ?, ?)", (key, position, canonical(setting)))
 
-    def claim(self, keys: Iterable[str], retry_failed: bool = False) -> str | None:
+    def forget(self, keys: Iterable[str]) -> int:
+        """Take finished cells out, so that they are measured again; how many there were. They keep their places."""
+        with self._transaction() as run:
+            return sum(run("DELETE FROM cells WHERE key = ?", (key,)).rowcount for key in keys)
+
+    def claim(self, keys: Iterable[str], retry_failed: bool = False, since: float | None = None) -> str | None:
         """The first of `keys` that nobody has finished and nobody alive is running, now ours; None: there is none.
 
-        Claims of processes that are dead are taken over. `retry_failed`: cells that failed count as not finished.
+        Claims of processes that are dead are taken over. `retry_failed`: cells that failed count as not finished,
+        unless they did so after `since` (seconds since 1970): another process has then tried them again already.
         """
+        last = float("inf") if since is None else since
         with self._transaction() as run:
-            over = {key for key, status in run("SELECT key, status FROM cells") if status == "done" or not retry_failed}
+            rows = run("SELECT key, status, finished FROM cells")
+            over = {key for key, status, when in rows if status == "done" or not retry_failed or when > last}
             held = {key: Owner(*rest) for key, *rest in run("SELECT key, host, pid, born, heartbeat FROM claims")}
             now = time.time()
             for key in keys:
@@ -151,12 +159,12 @@ class Store:
     def add(self, cell: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> bool:
         """Append a finished cell and give its claim back. False: somebody else had finished it, and theirs stays.
 
-        A cell that had failed is replaced.
+        A cell that had failed is replaced. Numbers that JSON does not have (NaN, infinities) are kept as null.
         """
         key, status, place = cell["key"], cell["status"], None
         if status not in ("done", "failed"):
             raise InputError(f"a cell is done or failed, not {status!r}")
-        text = json.dumps(dict(cell), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(cell), ensure_ascii=False, allow_nan=False)
         with self._transaction() as run:
             if environment is not None:
                 place = digest(environment)
@@ -187,7 +195,7 @@ class Store:
 
     def document(self, keys: Iterable[str] | None = None) -> dict[str, Any]:
         """What the store holds, as `--json` writes it; only the cells `keys`, if given. Cells come in their order."""
-        with _explained(self.path):
+        with explained(self.path):
             return _document(self._connection, set(keys) if keys is not None else None)
 
 
@@ -218,11 +226,11 @@ def load_document(path: str | Path) -> dict[str, Any]:
         magic = opened.read(len(_MAGIC))
     if magic != _MAGIC:
         return _read_json(file)
-    with _explained(file):
+    with explained(file):
         # A reader that may not write would leave its log behind. Where nobody can write, there is none.
         writable = os.access(file.resolve().parent, os.W_OK) and os.access(file, os.W_OK)
         mode = "mode=rw" if writable else "mode=ro&immutable=1"
-        connection = sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=_PATIENCE)
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=PATIENCE)
         try:
             connection.execute("PRAGMA query_only = ON")
             _check_schema(connection, file, new_is_fine=False)
@@ -274,26 +282,3 @@ def _check_schema(connection: sqlite3.Connection, path: Path | None, new_is_fine
         raise InputError(f"{path} is a database of another program; give another name for the store")
     if version != SCHEMA:
         raise InputError(_other_version(path, version))
-
-
-@contextmanager
-def _explained(path: Path | None) -> Iterator[None]:
-    """SQLite's errors as ours."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise InputError(f"cannot use the store {path}: {error}") from error
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"the store {path} is damaged ({error}): start another one, or restore a copy") from error
-
-
-def _patiently(call: Any) -> Any:
-    """SQLite does not wait for others when it changes the kind of journal."""
-    end = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            return call()
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > end:
-                raise
-            time.sleep(0.01)

@@ -21,7 +21,7 @@ from specdec.cli import sweep_screen
 from specdec.cli.sweep_board import Board
 from specdec.errors import InputError
 from specdec.loading import EMBEDDED
-from specdec.sweep import engine, export
+from specdec.sweep import engine, export, identity
 from specdec.sweep.engine import Run
 from specdec.sweep.store import Store, load_document
 
@@ -125,6 +125,40 @@ def test_a_sweep_goes_on_where_it_was(sweep, tmp_path, monkeypatch):
     code, out, _ = sweep("--drafter", "ngram", "--k", "2", "--store", store, "--json", str(tmp_path / "one.json"))
     assert len(load_document(tmp_path / "one.json")["cells"]) == 1, "this sweep's cells, not all of the store's"
     assert len(load_document(store)["cells"]) == 3
+
+
+def test_cells_from_elsewhere_are_told_and_measured_again_when_asked_for(sweep, tmp_path, monkeypatch):
+    store = str(tmp_path / "sweep.db")
+    asked = ("--drafter", "ngram", "--k", "1,2", "--store", store)
+    real, accept = identity.environment, engine.accept
+
+    def older(*arguments):
+        found = real(*arguments)
+        return {**found, "machine": "another name", "versions": {**found["versions"], "specdec": "0.0.1"}}
+
+    with monkeypatch.context() as then:
+        then.setattr(identity, "environment", older)
+        sweep(*asked)
+        assert "other versions" not in sweep(*asked)[2]
+    sweep("--drafter", "ngram", "--k", "4", "--store", store)
+    ran = []
+    monkeypatch.setattr(engine, "accept", lambda *a, **o: ran.append(1) or accept(*a, **o))
+    said = " ".join(sweep(*asked)[2].split())
+    assert "2 of them were measured by other versions" in said
+    assert "versions.specdec: 0.0.1 →" in said
+    assert "machine:" not in said, "a name makes no difference"
+    assert not ran
+    assert "2 to run" in sweep(*asked, "--fresh", "--dry-run")[1]
+    assert len(load_document(store)["cells"]) == 3, "only looked at"
+    code, _, err = sweep(*asked, "--fresh")
+    assert code == 0
+    assert len(ran) == 2
+    assert "in the store" not in err
+    document = load_document(store)
+    assert [cell["setting"]["k"] for cell in document["cells"]] == [1, 2, 4], "the other sweep's cell is still there"
+    assert {place["versions"]["specdec"] for place in document["environments"].values()} != {"0.0.1"}
+    assert len(document["environments"]) == 1
+    assert "other versions" not in sweep(*asked)[2]
 
 
 def test_failures_are_told_once_for_each_reason(sweep):
@@ -256,7 +290,7 @@ def test_the_board_counts_and_shows_the_best_without_a_thread():
         assert board.num_over == 3
         assert "3 of 4 cells" in out.getvalue()
         assert re.search(r"2 of 4 cells, \d+ s left", out.getvalue())
-        assert " -" not in re.sub(r"\x1b[^m]*m", "", out.getvalue()), "no time is negative"
+        assert not re.search(r" -\d", re.sub(r"\x1b[^m]*m", "", out.getvalue())), "no time is negative"
         best = max(made["cells"][:3], key=sweep_screen.merit)
         assert f"{best['speedup']['median']:.2f}×" in out.getvalue()
 

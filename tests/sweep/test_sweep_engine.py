@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from specdec.sweep import engine as module
 from specdec.sweep import pool as pools
 from specdec.sweep.engine import Engine, Run, has_bug, sweep
 from specdec.sweep.pool import Pool, text_options
+from specdec.sweep.setting import Setting, labels
 from specdec.sweep.store import Store
 
 
@@ -199,8 +201,8 @@ def test_cells_that_cannot_run_are_recorded_and_the_others_run(folder):
     axes = {"drafter": ["ngram", draft, "sufix", str(folder / "nowhere")], "k": [2], "tree": [[2, 2]]}
     axes["verifier"] = ["coupled", "typical"]
     cells, _ = swept(grid(folder, axes))
-    for cell in cells:
-        cell["label"] = cell["label"].removesuffix(" prompts")
+    names = labels([Setting.of(cell["setting"]) for cell in cells])
+    cells = [{**cell, "label": name} for cell, name in zip(cells, names, strict=True)]
     assert len(cells) == 4 * 2 * 2
     errors = {cell["label"]: cell["error"]["type"] for cell in cells if cell["status"] == "failed"}
     assert errors["ngram 2x2 T=0"] == "IncompatiblePairError", "chains only"
@@ -242,6 +244,22 @@ def test_failed_cells_run_again_when_asked_for(folder, monkeypatch):
         assert sweep(store, cells_of(engine, settings), engine) == 0
         assert sweep(store, cells_of(engine, settings), engine, retry_failed=True) == 2
         assert (store.counts().done, store.counts().failed) == (2, 0)
+
+
+def test_a_cell_that_fails_again_is_tried_once_by_all_processes_together(folder, monkeypatch, tmp_path):
+    cells = cells_of(Engine(FAST), grid(folder, {"k": [1, 2]}))
+    monkeypatch.setattr(module, "accept", lambda *_, **__: 1 / 0)
+    with Store(tmp_path / "s.db") as store:
+        assert sweep(store, cells, Engine(FAST)) == 2
+        began = time.time()
+        ran = [sweep(store, cells, Engine(FAST), retry_failed=True, began=began) for _ in range(3)]
+    assert ran == [2, 0, 0]
+
+
+def test_threads_of_the_environment_are_those_that_the_cell_will_have(folder):
+    setting = grid(folder, {"k": [2]}, threads=3)[0]
+    assert Engine(FAST).environment(setting)["threads"] == 3
+    assert Engine(FAST).environment(setting.changed(target="embedded", threads=None))["threads"] == 1
 
 
 def test_an_interrupted_cell_is_nobodys(folder, monkeypatch):

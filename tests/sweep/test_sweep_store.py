@@ -91,9 +91,38 @@ def test_the_first_result_stays_and_a_failure_is_replaced(tmp_path):
         assert store.cell("b") is None
         with pytest.raises(InputError, match="done or failed"):
             store.add({**a_cell("b"), "status": "nearly"})
-        with pytest.raises(ValueError):
-            store.add({**a_cell("b"), "speedup": float("nan")})
+        with pytest.raises(TypeError):
+            store.add({**a_cell("b"), "speedup": object()})
         assert store.cell("b") is None, "all of it or nothing"
+
+
+def test_numbers_that_json_does_not_have_are_null():
+    """A cell that cannot be kept would end the sweep, and again whenever it is started."""
+    with Store() as store:
+        store.add({**a_cell("a"), "story": [{"p": float("nan"), "q": float("-inf"), "margin": 0.5}]})
+        assert store.cell("a")["story"] == [{"p": None, "q": None, "margin": 0.5}]
+
+
+def test_a_failure_since_the_beginning_is_not_tried_again():
+    with Store() as store:
+        store.add(a_cell("a", "failed"))
+        began = time.time()
+        assert store.claim(["a"], retry_failed=True, since=began) == "a"
+        store.add(a_cell("a", "failed"))
+        assert store.claim(["a"], retry_failed=True, since=began) is None
+        assert store.claim(["a"], retry_failed=True, since=time.time()) == "a"
+
+
+def test_cells_that_are_forgotten_are_to_be_run_and_keep_their_places(tmp_path):
+    with Store(tmp_path / "s.db") as store:
+        store.want(WANTED)
+        for key in KEYS:
+            store.add(a_cell(key))
+        assert store.forget(["a", "c", "nothing"]) == 2
+        assert [found["key"] for found in store.document()["cells"]] == ["b"]
+        assert store.claim(KEYS) == "a"
+        assert store.add({**a_cell("a"), "identical": 0})
+        assert [found["identical"] for found in store.document()["cells"]] == [0, 3]
 
 
 def test_cells_come_in_the_order_in_which_they_were_wanted(tmp_path):
