@@ -125,6 +125,11 @@ def _alarms(console: Console, found: Difference) -> None:
         console.print(f"[green]✓[/] {escape(name)}: {len(prompts)} more texts are those of plain decoding")
 
 
+def _passed_over(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(f"[yellow]![/] {escape(note)}")
+
+
 def _notes(console: Console, pairs: Sequence[Pair]) -> None:
     lines = [f"{escape(pair.label)}: {escape(note)}" for pair in pairs for note in pair.notes]
     if lines:
@@ -136,6 +141,7 @@ def show(console: Console, found: Difference, before: str, after: str, *, everyt
     _environment(console, found.environment)
     if found.ignored:
         console.print(f"[yellow]paired without[/] {', '.join(found.ignored)}")
+    _passed_over(console, found.notes)
     if not found.pairs:
         console.print("[yellow]no setting is in both documents[/]: choose fields that may differ with --ignore FIELDS")
     _alarms(console, found)
@@ -166,8 +172,10 @@ def show(console: Console, found: Difference, before: str, after: str, *, everyt
 
 
 def show_gate(console: Console, judged: Gate, reference: str, now: str) -> None:
-    console.print(f"\nreference  {escape(reference)}\njudged     {escape(now)}")
+    for head, name, made in zip(("\nreference", "judged   "), (reference, now), judged.made, strict=True):
+        console.print(f"{head}  {escape(name)}" + (f" [dim]({escape(made)})[/]" if made else ""))
     _environment(console, judged.environment)
+    _passed_over(console, judged.notes)
     table = _table("", "setting", "prompts", "before", "after", "change", "seen from", left=2)
     for cell in judged.cells:
         has = cell.before is not None and cell.after is not None

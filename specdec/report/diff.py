@@ -41,7 +41,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Difference:
-    """`environment[name]` = (before, after), where they differ; `missing` and `new` are labels of unpaired cells."""
+    """`environment[name]` = (before, after), where they differ; `missing` and `new` are labels of unpaired cells.
+
+    `notes`: which cells were passed over.
+    """
 
     level: float
     ignored: tuple[str, ...]
@@ -49,6 +52,7 @@ class Difference:
     pairs: list[Pair] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def alarms(self) -> list[tuple[Pair, str]]:
@@ -80,7 +84,8 @@ def diff(before: Document, after: Document, *, level: float = LEVEL, ignored: Se
     for match in matches:
         results.setdefault(id(match.after), _pair(match))
     pairs = [results.get(id(b)) or _unfinished(a, b) for a, b in found.cells]
-    return Difference(level, tuple(ignored), found.environment, pairs, found.missing, found.new)
+    missing = [label(cell["setting"]) for cell in found.alone]
+    return Difference(level, tuple(ignored), found.environment, pairs, missing, found.new, found.notes)
 
 
 def _pair(match: Match, acceptance: Acceptance | None = None, speed: Speed | None = None) -> Pair:

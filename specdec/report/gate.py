@@ -7,7 +7,8 @@ accepted tokens per round that may be lost:
   fallen by more than t, the chance that any cell fails is at most the level.
 * `pass`: the rounds are the same; or a loss of t or more is excluded at the level. If some cell has fallen by t or
   more, the chance that all pass is at most the level.
-* `not enough data`: neither is shown. What loss would have been seen, and how many prompts decide, is said.
+* `not enough data`: neither is shown, or prompts of the reference were not run. What loss would have been seen, and
+  how many prompts decide, is said.
 """
 
 from __future__ import annotations
@@ -59,13 +60,19 @@ class Judged:
 
 @dataclass(frozen=True)
 class Gate:
-    """All cells of the reference; `extra` are cells that it does not know and that were not looked at."""
+    """All cells of the reference; `extra` are cells that it does not know and that were not looked at.
+
+    `made`: when and by which versions the cells of the reference, and those that were judged, were made; `notes`:
+    which cells were passed over.
+    """
 
     tolerance: float
     level: float
     environment: dict[str, tuple[Any, Any]]
     cells: list[Judged]
     extra: list[str]
+    made: tuple[str, str] = ("", "")
+    notes: tuple[str, ...] = ()
 
     @property
     def outcome(self) -> str:
@@ -95,18 +102,16 @@ def gate(
     check_level(level)
     if not 0 <= tolerance < 1:
         raise InputError(f"--tolerance is a share of the reference's accepted tokens, 0 <= it < 1, not {tolerance:g}")
-    found = pair(reference, now, check_ignored(ignored))
     known = [cell for cell in reference["cells"] if cell["status"] == "done"]
     if not known:
         raise InputError("the reference has no finished cell: there is nothing to fall below")
-    pairs = [both for both in found.cells if both[0]["status"] == "done"]
-    failed = [b for _, b in pairs if b["status"] != "done"]
-    matches = matched(reference, now, [both for both in pairs if both[1]["status"] == "done"], ignored)
+    found = pair({**reference, "cells": known}, now, check_ignored(ignored))
+    failed = [b for _, b in found.cells if b["status"] != "done"]
+    matches = matched(reference, now, [both for both in found.cells if both[1]["status"] == "done"], ignored)
     judged = _judge(matches, tolerance, level)
     judged += [_alone(b["setting"], FAIL, f"used to work, now fails: {failure(b)}") for b in failed]
-    partners = {id(a) for a, _ in found.cells}
-    judged += [_alone(a["setting"], UNDECIDED, "was not run") for a in known if id(a) not in partners]
-    return Gate(tolerance, level, found.environment, judged, found.new)
+    judged += [_alone(a["setting"], UNDECIDED, "was not run") for a in found.alone]
+    return Gate(tolerance, level, found.environment, judged, found.new, found.made, tuple(found.notes))
 
 
 def _alone(setting: Any, outcome: str, reason: str) -> Judged:
@@ -142,7 +147,9 @@ def _judge(matches: Sequence[Match], tolerance: float, level: float) -> list[Jud
                 p_fall=p_fall,
                 p_kept=p_kept,
                 visible=None if seen >= 1 or reason == SAME else seen,
-                prompts_needed=_needed(values[i], tolerance * before.rate, level) if outcome == UNDECIDED else None,
+                prompts_needed=None
+                if outcome != UNDECIDED or match.num_lacking
+                else _needed(values[i], tolerance * before.rate, level),
             )
         )
     return judged
@@ -152,6 +159,8 @@ def _outcome(match: Match, before: float, after: float, p_fall: float, p_kept: f
     alarms = alarms_of(match, identity(match))
     if alarms:
         return FAIL, "; ".join(alarms)
+    if match.num_lacking and not (before and p_fall <= level):
+        return UNDECIDED, f"{match.num_lacking} of the reference's {len(match.before['rows'])} prompts were not run"
     same = all(a["rounds"] == b["rounds"] for a, b in zip(*match.sides, strict=True))
     if same and (before or match.after["setting"].get("drafter") == "none"):
         return PASS, SAME

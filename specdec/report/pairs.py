@@ -50,17 +50,52 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
     return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
 
 
-def _indexed(document: Document, ignored: Sequence[str], which: str) -> dict[str, Cell]:
+def _newest(document: Document, which: str) -> tuple[list[Cell], list[str]]:
+    """The newest cell of each setting, and a note for each that hid others.
+
+    A store keeps cells of one setting apart by weights, prompts and the way of measuring; pairs know the setting alone.
+    """
+    groups: dict[str, list[Cell]] = {}
+    for cell in document.get("cells", []):
+        groups.setdefault(json.dumps(cell["setting"], sort_keys=True), []).append(cell)
+    kept, notes = [], []
+    for group in groups.values():
+        newest = max(reversed(group), key=lambda cell: str(cell.get("when") or ""))
+        kept.append(newest)
+        if len(group) > 1:
+            notes.append(
+                f"{which} has {len(group)} cells of {label(newest['setting'])} (other weights, prompts or repetitions, "
+                f"timed or not): the newest counts, of {day(newest)}"
+            )
+    return kept, notes
+
+
+def day(cell: Cell) -> str:
+    """When a cell was made, to the minute."""
+    return str(cell.get("when") or "an unknown date")[:16].replace("T", " ")
+
+
+def made(document: Document, cells: Sequence[Cell]) -> str:
+    """When the cells were made, and by which versions."""
+    when = sorted({day(cell) for cell in cells if cell.get("when")})
+    parts = [when[0] if len(when) == 1 else f"{when[0]} to {when[-1]}"] if when else []
+    versions = [environment_of(document, cell).get("versions") or {} for cell in cells]
+    for name in ("specdec", "torch"):
+        known = sorted({str(one[name]) for one in versions if one.get(name)})
+        parts += [f"{name} {' and '.join(known)}"] if known else []
+    return ", ".join(parts)
+
+
+def _indexed(cells: Sequence[Cell], ignored: Sequence[str], which: str) -> dict[str, Cell]:
     """Cells by setting, less what is ignored."""
     found: dict[str, Cell] = {}
-    for cell in document.get("cells", []):
+    for cell in cells:
         setting = {name: value for name, value in cell["setting"].items() if name not in ignored}
         key = json.dumps(setting, sort_keys=True)
         if key in found:
-            what = f"without {', '.join(ignored)}, " if ignored else ""
             raise InputError(
-                f"{which} has two cells that are alike: {what}{label(cell['setting'])}; choose cells with --only, "
-                "or ignore less"
+                f"{which} has two cells that are alike without {', '.join(ignored)}: {label(cell['setting'])}; choose "
+                "cells with --only, or ignore less"
             )
         found[key] = cell
     return found
@@ -104,6 +139,7 @@ class Match:
     before: Cell
     after: Cell
     names: list[str]  # prompts of both, that made at least a round
+    num_lacking: int  # prompts of the first that the second lacks, or that made rounds in the first alone
     certain: bool  # nothing that is recorded differs, and nothing is left to chance
     notes: list[str]
 
@@ -119,6 +155,7 @@ class Match:
 def match(before: Cell, after: Cell, same_environment: bool, ignored: Sequence[str]) -> Match:
     a, b = rows_by_prompt(before), rows_by_prompt(after)
     names = [name for name in a if name in b and num_rounds(a[name]) and num_rounds(b[name])]
+    lacking = [name for name in a if name not in names and (name not in b or num_rounds(a[name]))]
     notes = []
     if len(names) < max(len(a), len(b)):
         notes.append(f"prompts {len(a)} and {len(b)}, {len(names)} in common")
@@ -135,7 +172,7 @@ def match(before: Cell, after: Cell, same_environment: bool, ignored: Sequence[s
     notes += [f"{name}: {a} → {b}" for name, (a, b) in chosen.items()]
     timed = not is_deterministic(after["setting"])
     certain = same_environment and not ignored and not other_models and not chosen and not timed
-    return Match(before, after, names, certain, notes)
+    return Match(before, after, names, len(lacking), certain, notes)
 
 
 def check_ignored(ignored: Sequence[str]) -> tuple[str, ...]:
@@ -155,25 +192,34 @@ def environment_of(document: Document, cell: Cell) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Paired:
-    """`cells`: of both documents; `missing` and `new`: labels of the first's and the second's that have no partner.
+    """`cells`: of both documents; `alone`: the first's that have no partner; `new`: labels of the second's.
 
-    `environment[name]` = (before, after) of the documents, where they differ.
+    `environment[name]` = (before, after) of the documents, where they differ; `notes`: which cells were passed over;
+    `made`: when and by which versions the first's and the second's cells were made.
     """
 
     cells: list[tuple[Cell, Cell]]
-    missing: list[str]
+    alone: list[Cell]
     new: list[str]
     environment: dict[str, tuple[Any, Any]]
+    notes: list[str]
+    made: tuple[str, str]
 
 
 def pair(before: Document, after: Document, ignored: Sequence[str] = ()) -> Paired:
-    """Pair cells by their settings, less the fields `ignored`. `InputError` where that makes two cells alike."""
-    a, b = _indexed(before, ignored, "the first document"), _indexed(after, ignored, "the second document")
+    """Pair cells by their settings, less the fields `ignored`. `InputError` where that makes two settings alike.
+
+    Of cells with one setting, the newest counts.
+    """
+    (olds, old_notes), (news, new_notes) = _newest(before, "the first document"), _newest(after, "the second document")
+    a, b = _indexed(olds, ignored, "the first document"), _indexed(news, ignored, "the second document")
     return Paired(
         cells=[(a[key], b[key]) for key in a if key in b],
-        missing=[label(a[key]["setting"]) for key in a if key not in b],
+        alone=[a[key] for key in a if key not in b],
         new=[label(b[key]["setting"]) for key in b if key not in a],
         environment=changed(before.get("environment") or {}, after.get("environment") or {}),
+        notes=old_notes + new_notes,
+        made=(made(before, olds), made(after, [b[key] for key in a if key in b])),
     )
 
 

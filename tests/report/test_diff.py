@@ -164,6 +164,17 @@ def test_ignored_fields_are_said_and_must_leave_cells_apart():
         diff(before, after, ignored=["colour"])
 
 
+def test_of_cells_with_one_setting_the_newest_is_compared_and_that_is_said():
+    old = {**cell(rates(8), seed=2, key="old"), "when": "2026-01-01T00:00:00+00:00"}
+    new = {**cell(rates(8), seed=1), "when": "2026-02-01T00:00:00+00:00"}
+    found = diff(document(new, old), document(new))
+    assert acceptance(found) == [SAME]
+    assert len(found.notes) == 1
+    assert "the newest counts, of 2026-02-01 00:00" in found.notes[0]
+    assert not found.missing
+    assert not diff(document(new), document(new)).notes
+
+
 def test_prompts_are_paired_by_what_they_are():
     before, after = document(cell(rates(9), seed=1)), document(cell(rates(8), seed=1))
     after["cells"][0]["rows"][0]["num_prompt_tokens"] = 99  # another text under an old name

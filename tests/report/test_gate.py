@@ -112,7 +112,7 @@ def test_cells_that_the_reference_does_not_know_are_named_and_not_judged():
     reference = document(cell(rates(8), seed=1, k=2))
     judged = gate(reference, document(reference["cells"][0], cell(rates(8), seed=1, k=4)))
     assert judged.exit_code == 0
-    assert judged.extra == ["model k=4 T=0"]
+    assert judged.extra == ["model k=4 T=0 max 128"]
 
 
 def test_other_prompts_are_no_evidence():
@@ -122,6 +122,47 @@ def test_other_prompts_are_no_evidence():
     judged = gate(reference, now)
     assert judged.exit_code == 2
     assert "no prompt in common" in judged.cells[0].reason
+
+
+def test_prompts_that_were_not_run_leave_the_gate_undecided():
+    reference = document(cell(rates(9), seed=1))
+    now = copy.deepcopy(reference)
+    del now["cells"][0]["rows"][7:]
+    judged = gate(reference, now)
+    assert judged.exit_code == 2
+    assert judged.cells[0].reason == "2 of the reference's 9 prompts were not run"
+    assert judged.cells[0].prompts_needed is None
+    assert gate(now, reference).exit_code == 0, "more prompts than the reference has are no fault"
+    worse = document(cell(rates(20) - 0.4, seed=2))
+    del worse["cells"][0]["rows"][18:]
+    assert gate(document(cell(rates(20), seed=1)), worse).exit_code == 1, "a loss that is shown is one"
+    for content in (reference, now):
+        content["cells"][0]["rows"][0]["rounds"] = {n: [] for n in ("nodes", "accepted", "evaluated", "emitted")}
+    assert gate(reference, copy.deepcopy(reference)).exit_code == 0, "a text that ends before its first round was run"
+    assert "2 of the reference's 9 prompts" in gate(reference, now).cells[0].reason
+
+
+def test_the_gate_says_when_and_by_which_versions_cells_were_made():
+    old = {**cell(rates(8), seed=1), "when": "2026-01-02T03:04:05+00:00"}
+    new = {**cell(rates(8), seed=1), "when": "2026-02-03T04:05:06+00:00"}
+    judged = gate(document(old), document(new, versions={"specdec": "0.2.0"}))
+    assert judged.made == ("2026-01-02 03:04, specdec 0.1.0, torch 2.13.0", "2026-02-03 04:05, specdec 0.2.0")
+
+
+def test_of_cells_with_one_setting_the_newest_counts_on_both_sides():
+    old = {**cell(rates(16) - 0.4, seed=5, key="a"), "when": "2026-01-01T00:00:00+00:00"}
+    new = {**cell(rates(16), seed=1, key="b"), "when": "2026-02-01T00:00:00+00:00"}
+    for cells in ([old, new], [new, old]):
+        judged = gate(document(*cells), document(new))
+        assert outcomes(judged) == [PASS], "the older one is not missing"
+        assert "the first document has 2 cells of model k=4" in judged.notes[0]
+        assert "2026-02-01" in judged.notes[0]
+        assert outcomes(gate(document(new), document(*cells))) == [PASS]
+    fallen = {**old, "when": "2026-03-01T00:00:00+00:00"}
+    assert outcomes(gate(document(new), document(new, fallen))) == [FAIL]
+    broken = {**failed(new["setting"]), "when": "2026-03-01T00:00:00+00:00"}
+    assert outcomes(gate(document(new), document(new, broken))) == [FAIL]
+    assert outcomes(gate(document(new, broken), document(new))) == [PASS], "a failure is no reference"
 
 
 def test_a_cell_that_failed_in_the_reference_is_not_judged():

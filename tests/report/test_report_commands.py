@@ -164,6 +164,21 @@ def test_diff_tells_the_environment_first_and_exits_with_one_for_a_lost_identity
     assert "identity lost on p1" in out
 
 
+def test_a_store_of_two_sweeps_is_no_obstacle(files, capsys):
+    old = {**cell(rates(12), seed=2, key="old"), "when": "2026-01-01T00:00:00+00:00"}
+    new = {**cell(rates(12), seed=1), "when": "2026-02-01T00:00:00+00:00"}
+    files("two.json", document(new, old))
+    files("one.json", document(new))
+    code, out, _ = run(capsys, "diff", "two.json", "one.json")
+    assert code == 0
+    assert "the newest counts" in out
+    code, out, _ = run(capsys, "diff", "two.json", "--gate", "one.json")
+    assert code == 0
+    assert "the newest counts" in out
+    heads = [line for line in out.splitlines() if line.startswith(("reference", "judged"))]
+    assert [("(2026-02-01 00:00, specdec 0.1.0, torch 2.13.0)" in line) for line in heads] == [True, True]
+
+
 def test_diff_without_common_settings_says_what_to_do(files, capsys):
     files("a.json", document(cell(rates(8), seed=1, target="org/a")))
     files("b.json", document(cell(rates(8), seed=1, target="org/b")))
