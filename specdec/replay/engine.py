@@ -10,13 +10,13 @@ import random
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from specdec import registry
 from specdec.costs import Costs
 from specdec.drafter import Memory
 from specdec.errors import InputError
 from specdec.policy import Plan, Policy, PolicyRun
+from specdec.replay.clock import Watched, is_known
 from specdec.replay.prices import costs_of
 from specdec.replay.recording import Recording, Text
 from specdec.replay.rules import Rule, chain, tree_of
@@ -30,28 +30,8 @@ from specdec.verifier import Verifier
 REPETITIONS = 32
 # A policy that follows the clock is bracketed by machines on which drafting costs nothing, and on which it never pays.
 _FREE, _DEAR = Costs(draft_average=0.0), Costs(draft_average=1e3)
-
-
-class _Clock(dict[str, float]):
-    """A round's seconds that notice being read."""
-
-    read = False
-
-    def __getitem__(self, key: str) -> float:
-        type(self).read = True
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        type(self).read = True
-        return super().get(key, default)
-
-    def values(self) -> Any:
-        type(self).read = True
-        return super().values()
-
-    def items(self) -> Any:
-        type(self).read = True
-        return super().items()
+# Logarithm of the least probability that every device tells from 0 in float32: what is less may not be drawn.
+_LEAST_LOG = -87.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +87,7 @@ class _Walk:
         while at < length:
             made.append(self._round(view, run, at, room - at, draw))
             at += made[-1].num_emitted
-            run.observe(made[-1])
+            run.observe(replace(made[-1], seconds=Watched(made[-1].seconds, self.doubts)))
         return made
 
     def _round(self, view: View, run: PolicyRun, at: int, room: int, draw: random.Random) -> Round:
@@ -116,7 +96,7 @@ class _Walk:
         accepted, refused = self.rule.accepted(view, at, tree, draw)
         if self.assume == "always" and view.cell(at, accepted) is None:
             refused = bool(tree.children[0]) and accepted < tree.max_depth
-        seconds = _Clock(dict.fromkeys(STAGES, 0.0))
+        seconds = dict.fromkeys(STAGES, 0.0)
         whole = self.costs.round(num_nodes, tree.max_depth)
         levels = tree.max_depth * self.costs.draft_average
         seconds.update(draft=levels, verify=whole - levels - self.costs.other, other=self.costs.other)
@@ -146,9 +126,22 @@ class _Walk:
         if plan.stop_below > 0:
             raise InputError("a tree that stops at weak tokens depends on branches that no text took: run it")
         parents = tree_of(plan.limited(available))
-        if self.recording.meta["sampling"].get("top_k") or self.recording.meta["sampling"].get("top_p"):
-            view.doubts.counts = True  # a filter may leave fewer children than were asked for
-        return structure(parents), len(parents)
+        tree = structure(parents)
+        view.doubts.counts |= self._may_lack(view, at, max(map(len, tree.children)))
+        return tree, len(parents)
+
+    def _may_lack(self, view: View, at: int, count: int) -> bool:
+        """Whether somewhere in the tree there may be fewer than `count` tokens to draw.
+
+        Rows of siblings that the text did not take are not in the trace, so that what may happen counts.
+        """
+        meta = self.recording.meta
+        sampling = {} if self.recording.is_greedy else meta["sampling"]  # filters are for temperatures above 0
+        too_few = (sampling.get("top_k") or count) < count
+        if count > 1 and (too_few or sampling.get("top_p") or sampling.get("min_p") or meta.get("processors")):
+            return True
+        logs = self.recording.arrays["draft_logp_PM"][view.text.first + at]
+        return 1 < count <= len(logs) and bool(logs[count - 1] < _LEAST_LOG)
 
     def _available(self, view: View, depth: int, at: int) -> int:
         """How deep the drafter goes where `depth` is asked for."""
@@ -207,13 +200,11 @@ def replay(
         raise InputError(f"the recording has at most {limit} tokens a text, not {max_new_tokens}: record longer texts")
     measured = costs or costs_of(recording)
     walk = _Walk(recording, rule, policy, max_new_tokens or limit, measured or Costs(), Doubts())
-    _Clock.read = False
     times = repetitions if rule.is_random else 1
     texts = _go(walk, times)
-    follows_clock = _Clock.read
-    reasons = list(_reasons(walk, follows_clock))
+    reasons = list(_reasons(walk))
     stats = _pooled(recording, walk, texts, times)
-    bound = _bound(walk, texts, stats, follows_clock, times) if reasons else 0.0
+    bound = _bound(walk, texts, stats, times) if reasons else 0.0
     return Replayed(
         texts=texts,
         stats=stats,
@@ -237,7 +228,7 @@ def _pooled(recording: Recording, walk: _Walk, texts: list[list[Round]], times: 
     return summarize([r for text in texts for r in text], tokens)
 
 
-def _reasons(walk: _Walk, follows_clock: bool) -> Iterator[str]:
+def _reasons(walk: _Walk) -> Iterator[str]:
     """Why a run could have other rounds than these."""
     meta = walk.recording.meta
     if walk.recording.memory is Memory.ROUNDS:
@@ -250,8 +241,10 @@ def _reasons(walk: _Walk, follows_clock: bool) -> Iterator[str]:
         yield "rows are known by their largest entries"
     if walk.doubts.counts:
         yield "the number of drafted tokens is not determined"
-    if follows_clock:
+    if walk.doubts.clock:
         yield f"{walk.policy.name} follows the clock"
+    if not is_known(walk.policy):
+        yield f"what {walk.policy.name} looks at is not known: it may have a clock of its own"
     if meta["num_inconsistent"]:
         yield f"at {meta['num_inconsistent']} positions steps of different widths chose different tokens"
 
@@ -261,15 +254,15 @@ def _length(texts: list[list[Round]]) -> float:
     return 1 + statistics.fmean(r.num_accepted for r in rounds) if rounds else 1.0
 
 
-def _bound(walk: _Walk, texts: list[list[Round]], stats: Stats, follows_clock: bool, times: int) -> float | None:
+def _bound(walk: _Walk, texts: list[list[Round]], stats: Stats, times: int) -> float | None:
     """How far tokens per round of a run may be from these; None where nothing bounds them."""
-    if walk.recording.memory is Memory.ROUNDS:
+    if walk.recording.memory is Memory.ROUNDS or not is_known(walk.policy):
         return None
     here, found = stats.mean_acceptance_length, 0.0
     others: list[_Walk] = []
     if walk.doubts.unknown:
         others += [replace(walk, doubts=Doubts(), assume=assume) for assume in ("never", "always")]
-    if follows_clock:
+    if walk.doubts.clock:
         others += [replace(walk, doubts=Doubts(), costs=costs) for costs in (_FREE, _DEAR)]
     found = max((abs(_length(_go(other, times)) - here) for other in others), default=0.0)
     if walk.doubts.tails:

@@ -18,7 +18,7 @@ from torch import Tensor
 from specdec.chance import Chance, CounterChance
 from specdec.drafter import Drafter, Outcome, Prefill, Request, WrappedDrafter
 from specdec.proposal import Draw
-from specdec.replay.recording import LAYOUT
+from specdec.replay.recording import LAYOUT, NEVER
 from specdec.runtime.session import Rows, Session, Steps
 from specdec.sampling import Sampling
 from specdec.text import Chunk, Ending
@@ -153,15 +153,17 @@ class Notes:
                 continue
             right = first == token
             if scores_NV is None:  # a point mass without a law
-                self.rows["place_PK"][row][depth] = self.rows["rank_PK"][row][depth] = 0 if right else self.top_m
+                self.rows["place_PK"][row][depth] = self.rows["rank_PK"][row][depth] = 0 if right else NEVER
                 continue
             scores_V = scores_NV[depth]
             q_V = scores_V.softmax(-1)
-            rank = int((scores_V > scores_V[token]).sum())
+            # A token that a filter took away is no child, however many are asked for. One whose probability alone is
+            # rounded to 0 still is among the top tokens, but arrives in no race.
+            rank = NEVER if scores_V[token].isinf() else int((scores_V > scores_V[token]).sum())
             place = rank
             if self.drafter_draw is Draw.SHARED and isinstance(chance, CounterChance):
                 arrival_V = chance.noise(position, len(q_V), q_V.device) / q_V.double()
-                place = int((arrival_V < arrival_V[token]).sum())
+                place = NEVER if arrival_V[token].isinf() else int((arrival_V < arrival_V[token]).sum())
             self.rows["text_q_PK"][row][depth] = float(q_V[token])
             self.rows["rank_PK"][row][depth] = rank
             # What was drafted is the first child; equals are drawn in an order of the device's own.

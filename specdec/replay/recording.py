@@ -21,6 +21,7 @@ from specdec.drafter import Memory
 from specdec.errors import InputError
 
 FORMAT = 1
+NEVER = 1 << 30  # as a place or a rank: no number of children contains the token
 Array = NDArray[Any]
 
 #: Every array: its dtype, and its shape in these letters; F: 4 stages, C: 4 columns, Q: all prompts' tokens.
@@ -31,8 +32,8 @@ LAYOUT: dict[str, tuple[str, str]] = {
     "drafted_q_PK": ("float32", "PK"),  # probabilities of its tokens; NaN where the drafter has none
     "drafted_p_PK": ("float32", "PK"),
     "text_q_PK": ("float32", "PK"),  # the draft's probability, in the row of each depth, of the text's token there
-    "place_PK": ("int32", "PK"),  # how many children would be drawn before that token; -1: not known
-    "rank_PK": ("int32", "PK"),  # how many tokens the draft finds more probable; -1: not known
+    "place_PK": ("int32", "PK"),  # how many children would be drawn before that token; -1: not known, or NEVER
+    "rank_PK": ("int32", "PK"),  # how many tokens the draft finds more probable; -1: not known, or NEVER
     "overlap_P": ("float32", "P"),  # sum of min(p, q) over the whole vocabulary
     "target_ids_PM": ("int32", "PM"),  # the most probable tokens, falling, log-probabilities, and what is left
     "target_logp_PM": ("float32", "PM"),

@@ -23,7 +23,7 @@ from specdec.drafter import Memory
 from specdec.errors import IncompatiblePairError, InputError
 from specdec.policy import Plan
 from specdec.proposal import Draw
-from specdec.replay.recording import Recording
+from specdec.replay.recording import NEVER, Recording
 from specdec.replay.view import View
 from specdec.tree import Structure, structure
 from specdec.verifier import Verifier
@@ -125,7 +125,7 @@ class Rule:
         row, column = found
         places = view.place if drafted_so else view.rank
         value = int(places[row][column])
-        return value if value >= 0 else 1 << 30
+        return value if value >= 0 else NEVER
 
     def _ratio(self, view: View, at: int, depth: int) -> float:
         """q/p of the text's token."""
@@ -153,7 +153,7 @@ class Rule:
         """The top count - 1 are accepted where they are the text's; the first child is tested on what they leave."""
         rank = int(view.rank[row][0])
         if rank < count - 1:
-            return rank + 1
+            return rank + 1 if q > 0 else -1
         logs = self.recording.arrays["draft_logp_PM"][view.text.first + row]
         if count - 1 > len(logs):
             raise InputError(f"{count} children need --top-m {count - 1} or more; the recording has {len(logs)}")

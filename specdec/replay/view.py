@@ -17,6 +17,7 @@ class Doubts:
     decisions: int = 0
     tails: float = 0.0  # mass of p and q that is not in the recorded rows, where a decision needed them
     counts: bool = False  # the number of drafted tokens
+    clock: bool = False  # the policy read a round's seconds
 
 
 @dataclass(frozen=True, eq=False)
