@@ -10,6 +10,7 @@ from specdec.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from specdec.planner.evidence import Evidence
     from specdec.planner.planner import Report
@@ -192,21 +193,25 @@ def show(out: Console, report: Report, head: dict[str, Any]) -> None:
     out.print(f"because {report.verdict.reason}\n")
 
 
-def _show_costs(out: Console, report: Report) -> None:
-    from rich import box
+def _table(title: str) -> Table:
+    """Narrow enough, with all columns, for a window of 80."""
     from rich.table import Table
 
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+
+
+def _show_costs(out: Console, report: Report) -> None:
     from specdec.bench.timing import MAX_OTHERS
     from specdec.costs import cost_at
 
     cost = report.costs.round
     widths = [1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64]
     known = [width for width in widths if width <= max(cost.verify)]
-    table = Table(box=box.SIMPLE_HEAD, title="Verification, ms by rows", title_justify="left", pad_edge=False)
+    table = _table("Verification, ms by rows")
     for width in known:
         table.add_column(str(width), justify="right", no_wrap=True)
-    table.add_row(*(f"{1e3 * cost_at(cost.verify, width):.2f}" for width in known))
-    out.print(table)
+    table.add_row(*(f"{1e3 * cost_at(cost.verify, width):.3g}" for width in known))
+    out.print(table, "")
     kept = "kept from an earlier plan" if report.from_cache.get("costs") else "measured now"
     out.print(
         f"A draft: {1e3 * cost.start:.2f} ms and {1e3 * cost.level:.2f} ms a level; the rest of a round: "
@@ -225,10 +230,7 @@ def _show_costs(out: Console, report: Report) -> None:
 
 
 def _show_rows(out: Console, report: Report) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, title="Predicted", title_justify="left", pad_edge=False)
+    table = _table("Predicted")
     table.add_column("draft", no_wrap=True)
     for name in ("speed-up", "95 %", "ms/token", "tokens", "accepted", "cost", "break-even"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -236,7 +238,7 @@ def _show_rows(out: Console, report: Report) -> None:
     for row in report.rows:
         style = "bold green" if row is top and row.speedup > 1 else "bold" if row is top else ""
         table.add_row(*_cells(row), style=style)
-    out.print(table)
+    out.print(table, "")
     out.print(
         "[dim]speed-up: of whole calls over plain ones, all texts together. tokens: per round. cost: of a round, in "
         "plain ones. break-even: the acceptance that gives 1.0x if it is the same for every drafted token.[/]"
