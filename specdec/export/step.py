@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.runtime.cache import check_rewindable, layer_types
 from specdec.runtime.copies import shared_copy
+from specdec.runtime.native import Passing
 
 _NAME = "specdec_static"
 #: How attention is written down: "custom" by ExecuTorch's operators for language models, "plain" in core operators.
@@ -42,29 +43,6 @@ _IGNORED = {
 }
 # Rotary embeddings that choose their frequencies by looking at the positions: a graph cannot.
 _ROTARY_BY_LENGTH = ("dynamic", "longrope")
-
-
-class _Passing(CacheLayerMixin):
-    """Hands the new rows on: attention itself writes and reads the slots."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def _attention(
@@ -216,7 +194,7 @@ class StaticStep(nn.Module):
             input_ids=tokens[None],
             position_ids=positions[None],
             attention_mask=named if len(named) > 1 else next(iter(named.values())),
-            past_key_values=Cache(layers=[_Passing() for _ in self.shapes]),
+            past_key_values=Cache(layers=[Passing() for _ in self.shapes]),
             use_cache=True,
             logits_to_keep=rows,
             static=_Call(self, slots),

@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 
 from specdec.errors import InputError
+from specdec.report.facets import facets, places, shape
 from specdec.report.panels import along
 from specdec.report.shapes import Heat, Line, Panel, Plot, Spot
-from specdec.report.view import AXES, Axis, Cell, View
+from specdec.report.view import Axis, Cell, View
 
 # By what is asked for; the order is that of a report.
 KINDS = ("speed", "tokens", "acceptance", "text", "pareto", "heatmap")
 MAX_PANELS = 16
 MAX_POSITIONS = 16
 MIN_REACHED = 10
-_SHAPE = next(axis for axis in AXES if axis.name == "shape")
 
 
 def axis_of(view: View, name: str) -> Axis | None:
     """The axis of that name, if cells differ in it."""
     return next((axis for axis in view.axes if axis.name == name), None)
-
-
-def facets(view: View, without: Sequence[str] = ("shape",)) -> tuple[list[tuple[str, list[Cell]]], list[Axis]]:
-    """Cells by panel: temperature and verifier first, then whatever else varies and fits; and the axes that did not."""
-    order = {"temperature": 0, "verifier": 1}
-    axes = [axis for axis in view.axes if axis is not view.colour_axis and axis.name not in without]
-    taken: list[Axis] = []
-    count = 1
-    for axis in sorted(axes, key=lambda a: order.get(a.name, 2)):
-        if count * len(view.values(axis)) <= MAX_PANELS:
-            taken.append(axis)
-            count *= len(view.values(axis))
-    panels = []
-    for values in product(*(view.values(axis) for axis in taken)):
-        cells = [c for c in view.done if all(a.value(c.setting) == v for a, v in zip(taken, values, strict=True))]
-        if cells:
-            panels.append((" · ".join(_said(a, v) for a, v in zip(taken, values, strict=True)), cells))
-    return panels, [axis for axis in axes if axis not in taken]
 
 
 def _said(axis: Axis, value: str) -> str:
@@ -59,20 +40,6 @@ def _line_name(view: View, cell: Cell, rest: Sequence[Axis]) -> str:
     """The colour's value, and what no panel and no colour tells."""
     head = [view.colours[cell.colour]] if view.colour_axis else []
     return " · ".join(head + [_said(axis, axis.value(cell.setting)) for axis in rest])
-
-
-def places(cells: Sequence[Cell]) -> dict[str, float]:
-    """Where shapes stand on an axis: chains by k at equal steps, then trees and policies behind a gap."""
-    values = dict.fromkeys(shape(cell) for cell in cells)
-    chains = sorted((v for v in values if v.isdigit()), key=int)
-    others = [v for v in values if not v.isdigit()]
-    gap = 0.5 if chains and others else 0.0
-    return {value: i + (gap if value in others else 0.0) for i, value in enumerate(chains + others)}
-
-
-def shape(cell: Cell) -> str:
-    """What is drafted each round: `4`, `4x2x1`, or a policy's name."""
-    return _SHAPE.value(cell.setting)
 
 
 def _telling(panels: Sequence[Panel], tells: Callable[[Panel], bool]) -> tuple[list[Panel], int]:
@@ -101,7 +68,7 @@ def _against_k(view: View, kind: str, title: str, y_title: str, measure: Measure
     where = places(cells)
     if len(where) < 2:
         return None
-    panels, rest = facets(view)
+    panels, rest = facets(view, MAX_PANELS, _said)
     made = []
     for name, members in panels:
         lines: list[Line] = []
@@ -154,7 +121,7 @@ def _deepest(cells: Sequence[Cell], axes: Sequence[Axis]) -> list[Cell]:
 
 def acceptance(view: View) -> Plot | None:
     """Conditional acceptance by position, of the deepest draft of every group."""
-    panels, rest = facets(view)
+    panels, rest = facets(view, MAX_PANELS, _said)
     others = [axis for axis in view.axes if axis.name != "shape"]
     made = []
     for title, cells in panels:
@@ -174,7 +141,7 @@ def acceptance(view: View) -> Plot | None:
 
 def text(view: View) -> Plot | None:
     """Tokens per round by place in the text, of the deepest draft of every group."""
-    panels, rest = facets(view)
+    panels, rest = facets(view, MAX_PANELS, _said)
     others = [axis for axis in view.axes if axis.name != "shape"]
     made = []
     for title, cells in panels:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 from specdec.bench.timing import Interval
 from specdec.report.charts import Point, Scale, Series, figure, linear, lines
+from specdec.report.facets import facets, places
 from specdec.report.markup import Markup
 from specdec.report.panels import HORIZONTAL, VERTICAL, grid
 from specdec.report.view import Axis, Cell, View
@@ -39,53 +39,25 @@ _SPEED = _Measure("Speed-up", "times the plain loop", True)
 _LENGTH = _Measure("Tokens per round", "tokens per round", False)
 
 
-def _facets(view: View) -> list[tuple[str, list[Cell]]]:
-    """Panels: by temperature and verifier first, then by whatever else varies, as long as there are not too many."""
-    order = {"temperature": 0, "verifier": 1}
-    axes = [axis for axis in view.axes if axis is not view.colour_axis and axis.name != "shape"]
-    taken: list[Axis] = []
-    count = 1
-    for axis in sorted(axes, key=lambda a: order.get(a.name, 2)):
-        if count * len(view.values(axis)) <= _MAX_PANELS:
-            taken.append(axis)
-            count *= len(view.values(axis))
-    panels = []
-    for values in product(*(view.values(axis) for axis in taken)):
-        cells = [c for c in view.done if all(a.value(c.setting) == v for a, v in zip(taken, values, strict=True))]
-        title = " · ".join(f"{axis.title} {value}" for axis, value in zip(taken, values, strict=True))
-        if cells:
-            panels.append((title, cells))
-    return panels
-
-
-def _places(cells: Sequence[Cell], shape: Axis) -> dict[str, float]:
-    """Where shapes stand on the axis: numbers by their order, then trees and policies behind a gap."""
-    values = dict.fromkeys(shape.value(cell.setting) for cell in cells)
-    numbers = sorted((v for v in values if v.isdigit()), key=int)
-    others = [v for v in values if not v.isdigit()]
-    gap = 0.5 if numbers and others else 0.0
-    return {value: i + (gap if value in others else 0.0) for i, value in enumerate(numbers + others)}
-
-
 def against_k(view: View) -> Markup | None:
     """Speed-up against k in a panel for each temperature and rule; tokens per round where nothing was timed, and beside
     the speed-up where there is one panel only. None where all settings draft alike."""
     shape = next((axis for axis in view.axes if axis.name == "shape"), None)
-    facets = _facets(view)
-    if shape is None or not facets:
+    panels, _ = facets(view, _MAX_PANELS, lambda axis, value: f"{axis.title} {value}")
+    if shape is None or not panels:
         return None
-    places = _places(view.done, shape)
-    measures = [_SPEED, _LENGTH] if view.timed and len(facets) == 1 else [_SPEED if view.timed else _LENGTH]
+    where = places(view.done)
+    measures = [_SPEED, _LENGTH] if view.timed and len(panels) == 1 else [_SPEED if view.timed else _LENGTH]
     figures = []
     for measure in measures:
         known = [(cell, found) for cell in view.done if (found := measure.of(cell)) is not None]
         if not known:
             continue
         y = linear([1.0, *(v for _, found in known for v in (found.low, found.high))], *VERTICAL)
-        for title, members in facets:
-            series = _series([c for c in members if measure.of(c)], view, shape, places, measure)
+        for title, members in panels:
+            series = _series([c for c in members if measure.of(c)], view, shape, where, measure)
             if series:
-                figures.append(_figure(series, places, y, measure, title or measure.title))
+                figures.append(_figure(series, where, y, measure, title or measure.title))
     return grid(figures) if figures else None
 
 

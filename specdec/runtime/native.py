@@ -60,8 +60,8 @@ class NativeLinear(nn.Module):
         return self._product(x, self.weight, self.bias)
 
 
-class _Passing(CacheLayerMixin):
-    """Hands the new rows on: the attention operator itself writes and reads the slots."""
+class Passing(CacheLayerMixin):
+    """Hands the new rows on: attention itself writes and reads the slots."""
 
     is_sliding = False
 
@@ -194,7 +194,7 @@ class NativeModel(nn.Module):
             input_ids=tokens,
             position_ids=positions,
             attention_mask={kind: unused for kind in self.kinds} if len(self.kinds) > 1 else unused,
-            past_key_values=Cache(layers=[_Passing() for _ in self.windows]),
+            past_key_values=Cache(layers=[Passing() for _ in self.windows]),
             use_cache=True,
             logits_to_keep=rows,
             native=NativeCall(handle, self.windows, self._kernels),
