@@ -115,4 +115,18 @@ class TokenTree:
         structure(self.parents)
 
 
+def branching_shape(branching: Iterable[int]) -> tuple[int, ...]:
+    """The parents of the tree whose nodes at depth d all have `branching[d]` children, level by level."""
+    parents: list[int] = []
+    level = [-1]
+    for count in branching:
+        following = []
+        for node in level:
+            for _ in range(count):
+                following.append(len(parents))
+                parents.append(node)
+        level = following
+    return tuple(parents)
+
+
 _EMPTY = TokenTree.chain([])

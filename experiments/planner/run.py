@@ -29,10 +29,10 @@ from specdec.bench.comparison import PLAIN, SPECULATIVE
 from specdec.cli.screen import versions
 from specdec.fit.plan import circumstances
 from specdec.planner.cache import Store
-from specdec.planner.evidence import branching_shape
 from specdec.planner.planner import make_plan
 from specdec.policy import Fixed, Policy
 from specdec.train.provenance import write_json
+from specdec.tree import branching_shape
 from specdec.tree_policy import StaticTree
 
 HERE = Path(__file__).parent

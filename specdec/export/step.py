@@ -22,25 +22,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.runtime.cache import check_rewindable, layer_types
 from specdec.runtime.copies import shared_copy
-from specdec.runtime.native import Passing
+from specdec.runtime.native import Passing, check_call
 
 _NAME = "specdec_static"
 #: How attention is written down: "custom" by ExecuTorch's operators for language models, "plain" in core operators.
 ATTENTIONS = ("custom", "plain")
 # A hidden slot's score. Finite, so that a row that sees nothing is no NaN.
 HIDDEN = -1e9
-# Keyword arguments of attention functions that change nothing here, or that the step's masks stand for.
-_IGNORED = {
-    "cache_position",
-    "dropout",
-    "is_causal",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "position_ids",
-    "sliding_window",
-    "use_cache",
-}
 # Rotary embeddings that choose their frequencies by looking at the positions: a graph cannot.
 _ROTARY_BY_LENGTH = ("dynamic", "longrope")
 
@@ -56,10 +44,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What `transformers` calls in place of its own: query `[1, H, T, D]`, the rows' keys and values `[1, K, T, D]`."""
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in _IGNORED | {"static"}]
-    if unknown or "static" not in kwargs or attention_mask is None:
-        reason = f"asks its attention for {', '.join(unknown)}" if unknown else "keeps arguments from its attention"
-        raise UnsupportedModelError(f"{type(module).__name__} {reason}, which a static graph does not know")
+    check_call(module, kwargs, "static", "a static graph does", lacking=attention_mask is None)
+    assert attention_mask is not None
     call: _Call = kwargs["static"]
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     attend = call.step.attend_custom if call.step.attention == "custom" else call.step.attend_plain

@@ -19,7 +19,7 @@ from specdec.planner.costs import LIMIT
 from specdec.planner.predict import Setting
 from specdec.planner.work import Seen, SeenText, Work, expected_work, plain, survival_of, work_of
 from specdec.policy import Fixed
-from specdec.tree import structure
+from specdec.tree import branching_shape, structure
 
 if TYPE_CHECKING:
     from specdec.api import SpeculativeDecoder
@@ -64,20 +64,6 @@ class Evidence(ABC):
     @abstractmethod
     def survival(self, k: int) -> list[float]:
         """P(accepted at each depth and all before it) in rounds of k tokens."""
-
-
-def branching_shape(branching: Sequence[int]) -> tuple[int, ...]:
-    """The parents of the tree whose nodes at depth d all have `branching[d]` children, level by level."""
-    parents: list[int] = []
-    level = [-1]
-    for count in branching:
-        following = []
-        for node in level:
-            for _ in range(count):
-                following.append(len(parents))
-                parents.append(node)
-        level = following
-    return tuple(parents)
 
 
 def tree_survival(shape: Sequence[int], table: RankTable) -> list[float]:

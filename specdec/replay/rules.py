@@ -25,7 +25,7 @@ from specdec.policy import Plan
 from specdec.proposal import Draw
 from specdec.replay.recording import NEVER, Recording
 from specdec.replay.view import View
-from specdec.tree import Structure, structure
+from specdec.tree import Structure, branching_shape, structure
 from specdec.verifier import Verifier
 
 #: Rules that keep the longest prefix, and those that test one token after the other; both on chains.
@@ -37,16 +37,7 @@ def tree_of(plan: Plan) -> tuple[int, ...]:
     """Parents of the nodes of a plan without a budget, in the order in which they are drafted."""
     if plan.shape:
         return plan.shape
-    parents: list[int] = []
-    level = [-1]
-    for depth in range(plan.depth):
-        following = []
-        for node in level:
-            for _ in range(plan.children(depth)):
-                following.append(len(parents))
-                parents.append(node)
-        level = following
-    return tuple(parents)
+    return branching_shape(plan.children(depth) for depth in range(plan.depth))
 
 
 class Rule:

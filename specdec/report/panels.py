@@ -136,7 +136,7 @@ def along_the_text(view: View) -> Markup | None:
     return grid(figures)
 
 
-def _dominated(cells: Sequence[Cell], goods: Mapping[int, Sequence[float]]) -> set[int]:
+def dominated(cells: Sequence[Cell], goods: Mapping[int, Sequence[float]]) -> set[int]:
     """Cells than which another is at least as good in everything, and better in something. Larger is better."""
     found = set()
     for a in cells:
@@ -176,7 +176,7 @@ def pareto(view: View) -> tuple[Markup | None, bool]:
         if min(len({goods[c.index][i] for c in cells}) for i in (0, 1)) < 2 if cells else True:
             continue  # nothing to weigh: one setting, or all of them alike
         values = {i: (abs(a), abs(b)) for i, (a, b) in goods.items()}
-        chart = _scatter(cells, values, _dominated(cells, goods), x_title, y_title)
+        chart = _scatter(cells, values, dominated(cells, goods), x_title, y_title)
         figures.append(figure(f"{y_title.split(',')[0].capitalize()} and {x_title.split(',')[0]}", chart))
     return (grid(figures) if figures else None), has_quality
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from specdec.errors import InputError
 from specdec.report.facets import facets, places, shape
-from specdec.report.panels import along
+from specdec.report.panels import along, dominated
 from specdec.report.shapes import Heat, Line, Panel, Plot, Spot
 from specdec.report.view import Axis, Cell, View
 
@@ -14,7 +14,6 @@ from specdec.report.view import Axis, Cell, View
 KINDS = ("speed", "tokens", "acceptance", "text", "pareto", "heatmap")
 MAX_PANELS = 16
 MAX_POSITIONS = 16
-MIN_REACHED = 10
 
 
 def axis_of(view: View, name: str) -> Axis | None:
@@ -105,18 +104,9 @@ def tokens(view: View) -> Plot | None:
     return _against_k(view, "tokens", "Tokens per round", "tokens per round", _tokens)
 
 
-def _depth(cell: Cell) -> int:
-    """Positions that at least `MIN_REACHED` rounds decided about: fewer say little of any other text."""
-    evaluated = [n for row in cell.rows for n in (row.get("rounds") or {}).get("evaluated", ())]
-    known = len(cell.stats.get("conditional_acceptance") or ())
-    if not evaluated:
-        return known
-    return next((d for d in range(known) if sum(n > d for n in evaluated) < MIN_REACHED), known)
-
-
 def _deepest(cells: Sequence[Cell], axes: Sequence[Axis]) -> list[Cell]:
     """Of cells that differ in the shape alone, the one that drafted furthest: the others say less of the same."""
-    return [max(group, key=_depth) for group in _grouped(cells, axes).values()]
+    return [max(group, key=lambda cell: cell.depth) for group in _grouped(cells, axes).values()]
 
 
 def acceptance(view: View) -> Plot | None:
@@ -126,8 +116,8 @@ def acceptance(view: View) -> Plot | None:
     made = []
     for title, cells in panels:
         lines = []
-        for cell in _deepest([c for c in cells if _depth(c)], others):
-            values = cell.stats["conditional_acceptance"][: min(_depth(cell), MAX_POSITIONS)]
+        for cell in _deepest([c for c in cells if c.depth], others):
+            values = cell.stats["conditional_acceptance"][: min(cell.depth, MAX_POSITIONS)]
             spots = [Spot(i, float(value)) for i, value in enumerate(values, 1)]
             lines.append(Line(_line_name(view, cell, rest), cell.colour, spots))
         if lines:
@@ -146,7 +136,7 @@ def text(view: View) -> Plot | None:
     made = []
     for title, cells in panels:
         lines = []
-        for cell in _deepest([c for c in cells if _depth(c)], others):
+        for cell in _deepest([c for c in cells if c.depth], others):
             spots = [Spot(at, 1 + accepted / rounds) for at, rounds, accepted, _ in along(cell)]
             if len(spots) > 1:
                 lines.append(Line(_line_name(view, cell, rest), cell.colour, spots))
@@ -165,15 +155,8 @@ def _worth(view: View, cell: Cell) -> float | None:
 
 def frontier(cells: Sequence[Cell], goods: Mapping[int, Sequence[float]]) -> list[Cell]:
     """Cells that no other beats in something without losing in something else; larger is better."""
-
-    def beaten(a: Cell) -> bool:
-        mine = goods[a.index]
-        return any(
-            all(o >= m for o, m in zip(goods[b.index], mine, strict=True)) and tuple(goods[b.index]) != tuple(mine)
-            for b in cells
-        )
-
-    return [cell for cell in cells if not beaten(cell)]
+    beaten = dominated(cells, goods)
+    return [cell for cell in cells if cell.index not in beaten]
 
 
 def pareto(view: View) -> Plot | None:
@@ -212,7 +195,7 @@ def heatmap(view: View) -> Heat | None:
         return None
     others = [axis for axis in view.axes if axis not in (temperature, verifier)]
     maps = []
-    for group in _grouped([c for c in view.done if c.per_round and _depth(c)], others).values():
+    for group in _grouped([c for c in view.done if c.per_round and c.depth], others).values():
         values = {(verifier.value(c.setting), temperature.value(c.setting)): float(c.per_round or 0) for c in group}
         name = " · ".join(_said(a, a.value(group[0].setting)) for a in others)
         maps.append((name, values, group[0]))

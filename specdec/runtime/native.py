@@ -6,7 +6,7 @@ stays as it was. Shape suffixes: M rows of one step, W width of hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +83,17 @@ class Passing(CacheLayerMixin):
         return -1
 
 
+def check_call(module: nn.Module, kwargs: Mapping[str, Any], own: str, who: str, lacking: bool = False) -> None:
+    """`UnsupportedModelError` when a model asks its attention for more than is known, or does not hand on `own`.
+
+    `who` "… do(es)" not know; `lacking`: something else was not handed on.
+    """
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in _IGNORED and name != own]
+    if unknown or lacking or own not in kwargs:
+        reason = f"asks its attention for {', '.join(unknown)}" if unknown else "keeps arguments from its attention"
+        raise UnsupportedModelError(f"{type(module).__name__} {reason}, which {who} not know")
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -94,10 +105,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What `transformers` calls in place of its own attention: query `[1, heads, M, D]`, the new keys and values."""
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in _IGNORED | {"native"}]
-    if unknown or "native" not in kwargs:
-        reason = f"asks its attention for {', '.join(unknown)}" if unknown else "keeps arguments from its attention"
-        raise UnsupportedModelError(f"{type(module).__name__} {reason}, which the native kernels do not know")
+    check_call(module, kwargs, "native", "the native kernels do")
     call: NativeCall = kwargs["native"]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5

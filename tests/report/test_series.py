@@ -9,9 +9,9 @@ import sweep_documents
 from drift_documents import grid
 
 from specdec.errors import InputError
-from specdec.report.series import KINDS, MIN_REACHED, frontier, plots
+from specdec.report.series import KINDS, frontier, plots
 from specdec.report.shapes import Heat
-from specdec.report.view import View
+from specdec.report.view import MIN_REACHED, View
 
 
 @pytest.fixture(scope="module")
