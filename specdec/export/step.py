@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,8 +48,8 @@ def _attention(
     assert attention_mask is not None
     call: _Call = kwargs["static"]
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    attend = call.step.attend_custom if call.step.attention == "custom" else call.step.attend_plain
-    return attend(query, key, value, call, int(module.layer_idx), attention_mask[0, 0], scale, softcap), None  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return call.step.attend(query, key, value, call, layer, attention_mask[0, 0], scale, softcap), None
 
 
 AttentionInterface.register(_NAME, _attention)
@@ -60,7 +60,9 @@ class _Call:
     """What the attention layers of one call need."""
 
     step: StaticStep
-    slots: Tensor  # [T]
+    slots: Tensor = field(default_factory=lambda: torch.empty(0))  # [T], of a step that owns what is cached
+    held: Sequence[Tensor] = ()  # keys and values of each layer in turn, where the step is given them
+    new: list[Tensor] = field(default_factory=list)  # and what the layers make of the rows, in the same order
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,32 @@ class StaticStep(nn.Module):
         self.model = shared_copy(model, frozen=True)
         for own in {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}.values():
             own._attn_implementation = _NAME
+        self.make_slots()
+
+    def make_slots(self) -> None:
         for index, shape in enumerate(self.shapes):
             for name, size in (("keys", shape.key_size), ("values", shape.value_size)):
-                room = torch.zeros(1, num_slots + 1, shape.heads, size, dtype=model.dtype)
+                room = torch.zeros(1, self.num_slots + 1, shape.heads, size, dtype=self.model.dtype)
                 self.register_buffer(f"{name}_{index}", room, persistent=False)
 
     def slots_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, `[1, S, K, D]` each."""
         return getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}")
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: _Call,
+        layer: int,
+        mask_TS: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Write the rows' keys and values `[1, K, T, D]`, and attend; `[1, T, H, D]`."""
+        attend = self.attend_custom if self.attention == "custom" else self.attend_plain
+        return attend(query, key, value, call, layer, mask_TS, scale, softcap)
 
     def attend_custom(
         self,
@@ -175,6 +195,12 @@ class StaticStep(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         rows, masks = (more[0], more[1:]) if self.one_logit else (0, more)
+        return self.run(tokens, positions, rows, masks, _Call(self, slots))
+
+    def run(
+        self, tokens: Tensor, positions: Tensor, rows: Tensor | int, masks: Sequence[Tensor], call: _Call
+    ) -> tuple[Tensor, ...]:
+        """The model on these rows: logits, and hidden states where they are wanted."""
         named = {kind: mask[None, None] for kind, mask in zip(self.kinds, masks, strict=True)}
         out = self.model(
             input_ids=tokens[None],
@@ -183,7 +209,7 @@ class StaticStep(nn.Module):
             past_key_values=Cache(layers=[Passing() for _ in self.shapes]),
             use_cache=True,
             logits_to_keep=rows,
-            static=_Call(self, slots),
+            static=call,
             **({"output_hidden_states": True} if self.hidden else {}),
         )
         states = (torch.cat([out.hidden_states[i][0] for i in self.hidden], -1),) if self.hidden else ()
