@@ -34,6 +34,7 @@ An interrupted run goes on when the same command is given again. On several GPUs
   torchrun --nproc-per-node 2 -m specdec train draft …
 """
 EXPORT, STDLIB = "export", "stdlib"
+_MINUTES = 20.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -66,9 +67,10 @@ def kind_parser(kind: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_data_options(parser)
-    _add_run_options(parser, kind)
+    _add_run_options(parser, found)
     found.options(parser)
-    parser.set_defaults(**found.recommended)
+    # A budget is a default only where none is given.
+    parser.set_defaults(**{name: value for name, value in found.recommended.items() if name != "minutes"})
     return parser
 
 
@@ -111,10 +113,16 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run_options(parser: argparse.ArgumentParser, kind: str) -> None:
+def _minutes(kind: type[Objective]) -> float:
+    return float(kind.recommended.get("minutes", _MINUTES))
+
+
+def _add_run_options(parser: argparse.ArgumentParser, kind: type[Objective]) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--out", default=f"runs/{kind}", metavar="DIR", help=f"(default: runs/{kind})")
-    group.add_argument("--minutes", type=float, metavar="M", help="budget of time (default: 20, without --steps)")
+    group.add_argument("--out", default=f"runs/{kind.kind}", metavar="DIR", help="(default: %(default)s)")
+    group.add_argument(
+        "--minutes", type=float, metavar="M", help=f"budget of time (default: {_minutes(kind):g}, without --steps)"
+    )
     group.add_argument("--steps", type=int, metavar="N", help="budget of steps")
     group.add_argument("--batch", type=int, default=8, metavar="N", help="rows of a forward (default: 8)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="forwards of a step (default: 1)")
@@ -124,8 +132,13 @@ def _add_run_options(parser: argparse.ArgumentParser, kind: str) -> None:
     group.add_argument("--warmup", type=float, default=0.03, metavar="SHARE", help="of the budget (default: 0.03)")
     group.add_argument("--weight-decay", type=float, default=0.01, metavar="W", help="(default: %(default)g)")
     group.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="of gradients (default: 1)")
-    group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="(default: adamw)")
-    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products (default: fp32)")
+    group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="(default: %(default)s)")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="fp32",
+        help="of products; auto: bf16 where the processor multiplies it itself (default: %(default)s)",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="S")
     group.add_argument("--evaluations", type=int, default=20, metavar="N", help="on held-out text (default: 20)")
     group.add_argument("--evaluation-rows", type=int, default=48, metavar="N", help="rows of each (default: 48)")
@@ -133,7 +146,11 @@ def _add_run_options(parser: argparse.ArgumentParser, kind: str) -> None:
         "--patience", type=int, default=8, metavar="N", help="evaluations without a better one; 0: no end (default: 8)"
     )
     group.add_argument(
-        "--judged-at", type=int, choices=(0, 1), default=1, help="temperature that picks the best weights (default: 1)"
+        "--judged-at",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="temperature that picks the best weights (default: %(default)s)",
     )
     group.add_argument("--checkpoint-minutes", type=float, default=3.0, metavar="M", help="(default: 3)")
     group.add_argument("--restart", action="store_true", help="forget the run that the output folder holds")
@@ -142,14 +159,14 @@ def _add_run_options(parser: argparse.ArgumentParser, kind: str) -> None:
     group.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(kind: str, arguments: argparse.Namespace) -> Settings:
     from specdec.train.settings import Settings
 
     names = ("batch", "accumulate", "lr", "warmup", "weight_decay", "clip", "optimizer", "precision", "seed")
     more = ("evaluations", "evaluation_rows", "patience", "judged_at", "checkpoint_minutes", "steps", "minutes")
     given = {name: getattr(arguments, name) for name in (*names, *more)}
     if given["steps"] is None and given["minutes"] is None:
-        given["minutes"] = 20.0
+        given["minutes"] = _minutes(registry.find("trainer", kind))
     return Settings(out=Path(arguments.out), resume=not arguments.restart, **given)
 
 
@@ -269,7 +286,7 @@ def run(arguments: argparse.Namespace) -> int:
 def train(kind: str, arguments: argparse.Namespace) -> int:
     """`arguments`: those of `kind_parser`."""
     screen.check_writable(arguments.json)
-    settings = _settings(arguments)
+    settings = _settings(kind, arguments)
     screen.quiet(arguments)
     import torch
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -101,7 +101,13 @@ class EagleObjective(Objective):
 
     kind = "eagle"
     layouts = ("speculators",)
-    recommended = {"lr": 3e-3, "optimizer": "muon", "judged_at": 0}  # noqa: RUF012
+    recommended: ClassVar[Mapping[str, Any]] = {
+        "lr": 3e-3,
+        "optimizer": "muon",
+        "judged_at": 0,
+        "precision": "auto",
+        "minutes": 40.0,
+    }
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import torch
 
 from specdec.errors import InputError
 
-OPTIMIZERS, PRECISIONS = ("adamw", "muon"), ("fp32", "bf16")
+OPTIMIZERS, PRECISIONS = ("adamw", "muon"), ("auto", "fp32", "bf16")
 _FINAL_RATE = 0.02  # of --lr
 
 
@@ -29,7 +29,7 @@ class Settings:
     weight_decay: float = 0.01
     clip: float = 1.0
     optimizer: str = "adamw"
-    precision: str = "fp32"
+    precision: str = "fp32"  # "auto": `fast_precision` of the target's device
     seed: int = 0
     evaluations: int = 20
     evaluation_rows: int = 48
@@ -55,6 +55,16 @@ class Settings:
         """What a run must share with a checkpoint to go on from it."""
         without = {"out", "checkpoint_minutes", "resume"}
         return {name: value for name, value in asdict(self).items() if name not in without}
+
+
+def fast_precision(device: torch.device) -> str:
+    """What products are fastest in: "bf16" where the device has them (CUDA 8.0 and up, x86 with AVX512-BF16 or AMX)."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "cpu":
+        known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
+        return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "fp32"
+    return "fp32"
 
 
 @dataclass

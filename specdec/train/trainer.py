@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from specdec.train.data import Rows, Sampler, TrainingData
 from specdec.train.objective import Acceptance, Batch, Losses, Objective
 from specdec.train.processes import process_group
 from specdec.train.progress import Progress, StopSignal
-from specdec.train.settings import Report, Settings, State, build_optimizers, rate
+from specdec.train.settings import Report, Settings, State, build_optimizers, fast_precision, rate
 
 # What the target says of held-out rows is kept between evaluations, if it fits in so much memory.
 _KEPT_BYTES = 512 << 20
@@ -45,9 +45,12 @@ class _Run:
     """One call of `train`."""
 
     def __init__(self, objective: Objective, data: TrainingData, settings: Settings, progress: Progress):
-        self.objective, self.data, self.settings, self.progress = objective, data, settings, progress
+        self.objective, self.data, self.progress = objective, data, progress
         target = objective.target
         self.device = next(target.parameters()).device
+        if settings.precision == "auto":
+            settings = replace(settings, precision=fast_precision(self.device))
+        self.settings = settings
         self.accelerator = process_group(self.device)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if target.training:
