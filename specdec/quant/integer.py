@@ -17,6 +17,9 @@ GROUPS = (32, 64, 128)
 # More than these would make the far end of the grid infinite, in bfloat16 too. Weights beyond saturate.
 _MOST_INT8 = torch.finfo(torch.bfloat16).max
 _MOST, _MOST_ASYMMETRIC = 2.0**125 - 2.0**117, 2.0**124 + 2.0**120
+# Positive scales that are tried, as shares of the one that reaches both ends: what is cut off there may cost less than
+# coarser steps.
+_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 
 class Int8(GridFormat):
@@ -65,16 +68,18 @@ class Int4(GridFormat):
     """Parts `codes` uint8 `[N, K / 2]` (low nibble first), `scales` bfloat16 `[N, G]`, asymmetric also `zeros` uint8.
 
     A nibble q stands for (q - 8) * scale, with scales of either sign, or for (q - zero) * scale. Codes are chosen for
-    the scale as it is stored.
+    the scale as it is stored. `positive`: without negative scales, which the kernels of other runtimes do not take; the
+    scale of each group is the one of several that leaves the least squared error.
     Lossless: no, weights are rounded.
     """
 
-    def __init__(self, group: int = 32, asymmetric: bool = False):
-        self.size, self.asymmetric = group, asymmetric
+    def __init__(self, group: int = 32, asymmetric: bool = False, positive: bool = False):
+        self.size, self.asymmetric, self.positive = group, asymmetric, positive
 
     @property
     def name(self) -> str:
-        return "int4" + (f"-g{self.size}" if self.size != GROUPS[0] else "") + ("-asym" if self.asymmetric else "")
+        options = (f"-g{self.size}" if self.size != GROUPS[0] else "") + ("-asym" if self.asymmetric else "")
+        return f"int4{options}" + ("-pos" if self.positive else "")
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         if K % self.size or K == 0:
@@ -95,6 +100,9 @@ class Int4(GridFormat):
         for rows in row_chunks(weight_NK):
             groups = weight_NK[rows].float().unflatten(-1, (-1, self.size))
             low, high = groups.amin(-1), groups.amax(-1)
+            if self.positive:
+                fitted["scales"][rows] = _best(groups, torch.maximum(_divided(high, 7), _divided(low, -8)))
+                continue
             if not self.asymmetric:
                 # The codes reach one step further down than up, so the larger end goes down: by a negative scale if
                 # it is positive. That is a seventh finer than steps that reach both ends.
@@ -148,6 +156,19 @@ def _stored(scales: Tensor, most: float) -> Tensor:
     return torch.copysign(scales.abs().clamp_(SMALLEST, most), scales).to(torch.bfloat16)
 
 
+def _best(groups: Tensor, widest: Tensor) -> Tensor:
+    """Of shares of the `widest` scales `[n, G]`, for groups `[n, G, size]`: those of the least squared error."""
+    chosen, least = _stored(widest, _MOST), torch.full_like(widest, torch.inf)
+    for share in _SHARES:
+        scales = _stored(widest * share, _MOST)
+        wide = scales.float().unsqueeze(-1)
+        # Overflow is no reason to choose another scale than the widest.
+        error = ((groups / wide).round_().clamp_(-8, 7).mul_(wide) - groups).square_().sum(-1)
+        better = error < least
+        chosen, least = torch.where(better, scales, chosen), torch.where(better, error, least)
+    return chosen
+
+
 def _check_grid(format: GridFormat, parts: Parts, N: int, K: int) -> None:
     """`InputError` for scales and zeros that this library never writes."""
     scales, zeros = parts["scales"], parts.get("zeros")
@@ -172,13 +193,13 @@ def _int8(options: tuple[str, ...]) -> Int8:
 def _int4(options: tuple[str, ...]) -> Int4:
     groups = {f"g{size}": size for size in GROUPS}
     sizes = [groups[option] for option in options if option in groups]
-    unknown = [option for option in options if option not in groups and option != "asym"]
-    if unknown or len(sizes) > 1 or options.count("asym") > 1:
+    kinds = [option for option in options if option not in groups]
+    if len(sizes) > 1 or kinds not in ([], ["asym"], ["pos"]):
         raise InputError(
             f"{'-'.join(('int4', *options))!r} is no weight format: int4 takes one group size of {', '.join(groups)}, "
-            "and asym"
+            "and asym or pos"
         )
-    return Int4(sizes[0] if sizes else GROUPS[0], "asym" in options)
+    return Int4(sizes[0] if sizes else GROUPS[0], "asym" in kinds, "pos" in kinds)
 
 
 register_format("int8", _int8)

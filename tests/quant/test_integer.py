@@ -14,7 +14,7 @@ from specdec.kernels.packed import SMALLEST
 from specdec.quant import PackedLinear, parse
 from specdec.quant.bits import unpack_bits
 
-INT4 = [f"int4{group}{asym}" for group in ("", "-g64", "-g128") for asym in ("", "-asym")]
+INT4 = [f"int4{group}{asym}" for group in ("", "-g64", "-g128") for asym in ("", "-asym", "-pos")]
 NAMES = ["int8", *INT4]
 
 
@@ -53,6 +53,9 @@ def test_bits_per_weight():
         "int4-g64-asym": 4.375,
         "int4-g128": 4.125,
         "int4-g128-asym": 4.1875,
+        "int4-pos": 4.5,
+        "int4-g64-pos": 4.25,
+        "int4-g128-pos": 4.125,
     }
     assert parse("int8").bits(4096, 4096) == 8 + 32 / 4096
 
@@ -108,6 +111,20 @@ def test_the_larger_end_of_a_symmetric_group_is_kept():
     assert parts["scales"].flatten().tolist() == [-1.0, 1.0, -1.0]
     assert torch.equal(form.unpack(parts)[:2], weight[:2])
     assert unpack_bits(parts["codes"], 4, 32)[:2, 3:5].tolist() == [[0, 15], [0, 15]]
+
+
+@pytest.mark.parametrize("name", [name for name in INT4 if name.endswith("-pos")])
+def test_positive_scales_leave_less_error_than_those_that_reach_both_ends(name):
+    weight = torch.randn(40, 256)
+    weight[0] = weight[0].abs()
+    parts = parse(name).pack(weight)
+    assert (parts["scales"] > 0).all()
+    groups = weight.view(40, -1, size(name))
+    scales = torch.maximum(groups.amax(-1) / 7, groups.amin(-1) / -8).bfloat16().float().unsqueeze(-1)
+    reaching = (groups / scales).round().clamp(-8, 7) * scales
+    error = (parse(name).unpack(parts).view_as(groups) - groups).square().sum(-1)
+    assert (error <= (reaching - groups).square().sum(-1) * (1 + 1e-6)).all()
+    assert error.sum() < 0.97 * (reaching - groups).square().sum()
 
 
 def test_an_asymmetric_group_reaches_both_ends_and_zero():
@@ -209,9 +226,9 @@ def test_options_in_any_order():
     assert parse("int4-g32").name == "int4"
 
 
-@pytest.mark.parametrize("name", ["int4-g16", "int4-g64-g128", "int4-asym-asym", "int4-sym", "int4-"])
+@pytest.mark.parametrize("name", ["int4-g16", "int4-g64-g128", "int4-asym-asym", "int4-asym-pos", "int4-sym", "int4-"])
 def test_unknown_options_of_int4(name):
-    with pytest.raises(InputError, match="is no weight format: int4 takes one group size of g32, g64, g128, and asym"):
+    with pytest.raises(InputError, match="int4 takes one group size of g32, g64, g128, and asym or pos"):
         parse(name)
 
 
