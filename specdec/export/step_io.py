@@ -9,7 +9,8 @@ vocabulary, W width of hidden states; G rows of all heads that share keys and va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,10 +73,26 @@ class IoStep(StaticStep):
         return mixed.view(1, heads, rows, width).transpose(1, 2)
 
     def forward(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-        rows, more = (more[0], more[1:]) if self.one_logit else (0, more)
+        row, more = (more[0], more[1:]) if self.one_logit else (None, more)
         masks, held = more[: len(self.kinds)], more[len(self.kinds) :]
         call = _Call(self, held=held)
-        return (*self.run(tokens, positions, rows, masks, call), *call.new)
+        with self._one_row(row):
+            return (*self.run(tokens, positions, 0, masks, call), *call.new)
+
+    @contextmanager
+    def _one_row(self, row: Tensor | None) -> Iterator[None]:
+        """The head sees that row only. `logits_to_keep` would do but for its index, which has to be int64 in ONNX."""
+
+        def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            assert row is not None
+            return (given[0].index_select(1, row), *given[1:])
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(choose) if row is not None else None
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def empty(self) -> tuple[Tensor, ...]:
         """Keys and values of a text that has none yet."""
