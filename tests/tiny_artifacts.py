@@ -19,10 +19,10 @@ import torch
 from tiny_text import TEXT_VOCAB, byte_tokenizer
 
 import specdec.export
-from specdec.export.options import Options
+from specdec.export.executorch import ExecutorchOptions
 
 #: Narrow graphs and a small context, so that steps are cut and contexts end.
-SMALL = Options(prefill_len=8, k=(0, 3), max_seq_len=96, max_nodes=16, hidden=(0, 1, 2))
+SMALL = ExecutorchOptions(prefill_len=8, k=(0, 3), max_seq_len=96, max_nodes=16, hidden=(0, 1, 2))
 
 
 def needs_executorch() -> None:
@@ -34,7 +34,7 @@ def needs_executorch() -> None:
 def _folder() -> Path:
     """Of artefacts made by this very code."""
     code = hashlib.sha256()
-    for name in ("step", "lower"):
+    for name in ("step", "executorch"):
         code.update((Path(next(iter(specdec.export.__path__))) / f"{name}.py").read_bytes())
     return Path(tempfile.gettempdir()) / f"specdec-tests-{getpass.getuser()}" / code.hexdigest()[:12]
 
@@ -49,7 +49,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def export(model: Any, options: Options = SMALL, **more: Any) -> Path:
+def export(model: Any, options: ExecutorchOptions = SMALL, **more: Any) -> Path:
     """The artefact's folder; nobody may write to it."""
     needs_executorch()
     from specdec.export.artifact import export as make

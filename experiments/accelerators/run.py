@@ -29,17 +29,17 @@ from specdec.bench.machine import peak_memory
 from specdec.bench.synthetic import make_pair, make_prompts
 from specdec.bench.timing import Gate, bootstrap
 from specdec.export.artifact import ArtifactModel, export
-from specdec.export.options import Options
+from specdec.export.executorch import ExecutorchOptions
 from specdec.loading import EMBEDDED, load_model, load_tokenizer
 from specdec.policy import Fixed
 
 HERE = Path(__file__).parent
 CONTEXT = 512
 EXPORTS = {
-    "one graph": Options(prefill_len=1, k=(0,), max_seq_len=CONTEXT),
-    "default": Options(max_seq_len=CONTEXT),
-    "kv mode": Options(prefill_len=1, max_seq_len=CONTEXT),
-    "four steps": Options(k=(0, 3, 6, 7), max_seq_len=CONTEXT),
+    "one graph": ExecutorchOptions(prefill_len=1, k=(0,), max_seq_len=CONTEXT),
+    "default": ExecutorchOptions(max_seq_len=CONTEXT),
+    "kv mode": ExecutorchOptions(prefill_len=1, max_seq_len=CONTEXT),
+    "four steps": ExecutorchOptions(k=(0, 3, 6, 7), max_seq_len=CONTEXT),
 }
 PROMPT = 128
 REPETITIONS = 3
@@ -60,7 +60,7 @@ def pair_of(name: str) -> tuple[Any, Any, list[list[int]]]:
     return target, draft, [tokenizer(text)["input_ids"][:PROMPT] for text in texts]
 
 
-def widths_of(options: Options) -> list[int]:
+def widths_of(options: ExecutorchOptions) -> list[int]:
     return sorted({method.width for method in options.methods})
 
 

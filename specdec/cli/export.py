@@ -12,13 +12,15 @@ from specdec.cli import options, screen
 from specdec.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from rich.console import Console
 
     from specdec.export.manifest import Manifest
+    from specdec.export.options import Options
 
-BACKENDS = ("executorch",)
+# Flags that only some backends know, as fields of their options.
+_OWN = ("attention", "delegate", "recipe")
 
 _EXAMPLES = """\
 examples:
@@ -45,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "target", nargs="?", metavar="TARGET", help="hub id or folder (default: the embedded pair's target)"
     )
-    parser.add_argument("--backend", choices=BACKENDS, default="executorch", help="(default: executorch)")
+    parser.add_argument("--backend", default="executorch", help="what will run the graphs (default: executorch)")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: kept by key in the cache folder)")
     group = parser.add_argument_group("graphs")
     group.add_argument(
@@ -64,16 +66,12 @@ def add_parser(subparsers: Any) -> None:
         "--hidden", type=options.whole_numbers, default=(), metavar="I,I",
         help="hidden states that graphs return, for drafters that read them (eagle, medusa, parallel)",
     )  # fmt: skip
-    group.add_argument(
-        "--attention", choices=("custom", "plain"), default="custom",
-        help="by ExecuTorch's operators for language models, or in core operators (default: custom)",
-    )  # fmt: skip
-    group.add_argument(
-        "--delegate",
-        choices=("xnnpack", "portable"),
-        default="xnnpack",
-        help="of the products (default: xnnpack)",
+    own = parser.add_argument_group("what only some backends know")
+    own.add_argument("--recipe", metavar="NAME", help="how weights are stored (default: as they are)")
+    own.add_argument(
+        "--attention", help="executorch: by its operators for language models, custom, or plain (default: custom)"
     )
+    own.add_argument("--delegate", help="executorch: who runs the products, xnnpack or portable (default: xnnpack)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", metavar="FILE", help="write the manifest")
     parser.set_defaults(run=run)
@@ -104,20 +102,22 @@ def _stages(console: Console) -> Iterator[Callable[[str], None]]:
         finish()
 
 
+def _covered(found: Mapping[str, int] | None) -> str:
+    """Of the operators of a graph, those that the delegate took."""
+    if found is None:
+        return ""
+    return f", {found['delegated']} operators in {found['delegates']} delegated parts, {found['outside']} outside"
+
+
 def _show(console: Console, folder: str, manifest: Manifest) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    sizes, coverage = manifest.about["sizes"], manifest.about["coverage"]
+    sizes, coverage = manifest.about["sizes"], manifest.about.get("coverage", {})
     model, given = manifest.model, manifest.options
     table.add_row("model", f"{model['class']}, {model['parameters'] / 1e6:.1f}M weights in {model['dtype']}")
     for method in given.methods:
-        found = coverage[method.name]
-        table.add_row(
-            method.name,
-            f"{method.width} rows, {found['delegated']} operators in {found['delegates']} parts of {given.delegate}, "
-            f"{found['outside']} outside",
-        )
+        table.add_row(method.name, f"{method.width} rows{_covered(coverage.get(method.name))}")
     share = sizes["program_bytes"] / sizes["weight_bytes"]
     table.add_row("program", f"{sizes['program_bytes'] / 1e6:.1f} MB, {share:.2f} times the weights")
     table.add_row("keys, values", f"{sizes['slot_bytes'] / 1e6:.1f} MB for {given.max_seq_len} positions")
@@ -127,23 +127,24 @@ def _show(console: Console, folder: str, manifest: Manifest) -> None:
     console.print(table)
 
 
+def _given(arguments: argparse.Namespace) -> Options:
+    """Options of the chosen backend. Raises `InputError` for a flag that it does not know."""
+    from specdec.export.exporter import exporter
+
+    kind = exporter(arguments.backend).options
+    common = ("prefill_len", "k", "max_seq_len", "max_nodes", "hidden")
+    own = {name: value for name in _OWN if (value := getattr(arguments, name)) is not None}
+    return kind.of({**{name: getattr(arguments, name) for name in common}, **own})
+
+
 def run(arguments: argparse.Namespace) -> int:
     screen.check_writable(arguments.json)
     screen.quiet(arguments)
     from specdec.export.artifact import export
     from specdec.export.manifest import Manifest, is_artifact
-    from specdec.export.options import Options
     from specdec.loading import EMBEDDED, load_model, load_tokenizer
 
-    given = Options(
-        prefill_len=arguments.prefill_len,
-        k=arguments.k,
-        max_seq_len=arguments.max_seq_len,
-        max_nodes=arguments.max_nodes,
-        hidden=arguments.hidden,
-        attention=arguments.attention,
-        delegate=arguments.delegate,
-    )
+    given = _given(arguments)
     source = arguments.target or str(EMBEDDED / "target")
     if is_artifact(source):
         raise InputError(f"{source} is an artefact already; export starts from the model")

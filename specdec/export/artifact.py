@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
 import specdec
-from specdec.errors import InputError, UnsupportedModelError
+from specdec.errors import UnsupportedModelError
 from specdec.export import folder as folders
-from specdec.export import lower as lowering
-from specdec.export.manifest import FILE, PROGRAM, ArtifactError, Manifest, key_of, listed
+from specdec.export.exporter import Tell, exporter
+from specdec.export.manifest import FILE, ArtifactError, Manifest, key_of, listed
 from specdec.export.options import Options
 from specdec.export.step import StaticStep
 from specdec.quant.linear import num_parameters
@@ -35,13 +35,13 @@ class ArtifactModel(nn.Module):
     `specdec_backend` says what runs it; `specdec.load(folder)` and `ModelDrafter(ArtifactModel.open(folder))` do.
     """
 
-    specdec_backend = "executorch"
     input_width = 0
     device = torch.device("cpu")
 
     def __init__(self, folder: Path, manifest: Manifest, config: Any, generation_config: Any):
         super().__init__()
         self.folder, self.manifest = folder, manifest
+        self.specdec_backend = manifest.backend
         self.config, self.generation_config = config, generation_config
         self.eval()
 
@@ -116,9 +116,10 @@ def model_hash(model: Any) -> str:
 
 def contract_of(model: Any, step: StaticStep, options: Options) -> dict[str, Any]:
     """All that a program of this model and these options depends on, as plain data."""
+    versions = exporter(options.backend).versions()
     config = model.config.get_text_config(decoder=True)
     return {
-        "backend": "executorch",
+        "backend": options.backend,
         "options": options.as_dict(),
         "model": {
             "class": type(model).__name__,
@@ -132,7 +133,7 @@ def contract_of(model: Any, step: StaticStep, options: Options) -> dict[str, Any
             "slots": [[shape.heads, shape.key_size, shape.value_size] for shape in step.shapes],
         },
         "versions": {
-            "executorch": lowering.installed_version(),
+            **versions,
             "torch": torch.__version__.split("+")[0],
             "transformers": transformers.__version__,
             "specdec": specdec.__version__,
@@ -140,28 +141,15 @@ def contract_of(model: Any, step: StaticStep, options: Options) -> dict[str, Any
     }
 
 
-def check_exportable(model: Any, options: Options) -> None:
-    """Raise `InputError` or `UnsupportedModelError` for what cannot work, before minutes are spent."""
-    if model.dtype != torch.float32 or next(model.parameters()).device.type != "cpu":
-        raise InputError("an export starts from a float32 model on the CPU: load it with dtype='float32', device='cpu'")
-    config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and options.max_seq_len > context:
-        raise InputError(f"max_seq_len is {options.max_seq_len}, and the model's context is {context}")
-    bad = [i for i in options.hidden if not 0 <= i <= config.num_hidden_layers]
-    if bad:
-        raise InputError(f"hidden state {bad[0]}: the model has those from 0 to {config.num_hidden_layers}")
-
-
 def export(
     model: Any,
-    options: Options | None = None,
+    options: Options,
     *,
     tokenizer: Any = None,
     out: str | Path | None = None,
-    tell: lowering.Tell = lambda _: None,
+    tell: Tell = lambda _: None,
 ) -> Path:
-    """Write a float32 model as an artefact, and return its folder: `out`, or one kept by key.
+    """Write a model as an artefact of the backend whose options are given. Returns its folder: `out`, or kept by key.
 
     The same model with the same options and versions is exported once: later calls find it. Nothing is there under its
     name until all of it is. Minutes for a dozen layers; `tell` hears of each stage.
@@ -169,12 +157,12 @@ def export(
     Lossless: yes; greedy texts are those of the model but for ties within float32 rounding.
     Raises `InputError` for options that do not fit, `UnsupportedModelError` for models that cannot be exported.
     """
-    options = options or Options()
-    check_exportable(model, options)
+    made_by = exporter(options.backend)
+    made_by.check(model, options)
     if out is not None:
         folders.check_free(Path(out))
-    lowering.installed_version()
-    step = StaticStep(model, options.num_slots, hidden=options.hidden, attention=options.attention)
+    made_by.versions()  # refuses before anything is spent
+    step = made_by.step(model, options)
     contract = contract_of(model, step, options)
     kept = folders.artifacts_folder() / key_of(contract)
     if not _is_whole(kept):
@@ -218,11 +206,11 @@ def _write(
     step: StaticStep,
     options: Options,
     contract: dict[str, Any],
-    tell: lowering.Tell,
+    tell: Tell,
 ) -> None:
-    started = time.perf_counter()
+    started, made_by = time.perf_counter(), exporter(options.backend)
     with folders.aside(target) as made:
-        about = lowering.lower(step, options, contract, made / PROGRAM, tell)
+        about = made_by.lower(step, options, contract, made, tell)
         model.config.save_pretrained(made)
         if model.can_generate():
             model.generation_config.save_pretrained(made)
@@ -232,7 +220,7 @@ def _write(
             save_file(_embeddings(model), made / EMBEDDINGS)
         files = listed(made)
         sizes = {
-            "program_bytes": files[PROGRAM]["bytes"],
+            "program_bytes": files[made_by.program]["bytes"],
             "weight_bytes": sum(p.nbytes for p in model.parameters()),
             "slot_bytes": step.bytes_per_token * (options.num_slots + 1),
         }

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from specdec.errors import InputError
+from specdec.export.exporter import exporter
 from specdec.export.options import Options
 
 FILE = "manifest.json"
-PROGRAM = "model.pte"
 FORMAT = "specdec-artifact"
 VERSION = 1
 _BLOCK = 1 << 22
@@ -73,8 +73,12 @@ class Manifest:
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def backend(self) -> str:
+        return str(self.contract["backend"])
+
+    @property
     def options(self) -> Options:
-        return Options.of(self.contract["options"])
+        return exporter(self.backend).options.of(self.contract["options"])
 
     @property
     def model(self) -> dict[str, Any]:
@@ -123,8 +127,9 @@ class Manifest:
             found = sha256_of(path)
             if found != facts["sha256"]:
                 raise _changed(folder, f"files.{name}.sha256", facts["sha256"], found)
-        if PROGRAM not in self.files:
-            raise ArtifactError(f"{folder}: the manifest lists no {PROGRAM}; export the model again")
+        program = exporter(self.backend).program
+        if program not in self.files:
+            raise ArtifactError(f"{folder}: the manifest lists no {program}; export the model again")
 
     def check_contract(self, folder: str | Path, inside: str) -> None:
         """`inside`: the contract that the program carries, as JSON."""

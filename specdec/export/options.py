@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from typing_extensions import Self
 
 from specdec.errors import InputError
-from specdec.export.step import ATTENTIONS
-
-#: Who runs the parts of a graph that a delegate takes.
-DELEGATES = ("xnnpack", "portable")
-SWAP = "swap"
 
 
 @dataclass(frozen=True)
@@ -24,28 +22,25 @@ class Method:
 
 @dataclass(frozen=True)
 class Options:
-    """`prefill_len`: rows of the graph that reads prompts (AR-N), in chunks; 1: the decode graph reads them (kv mode).
+    """What is common to all backends; each has more in a subclass of its own.
 
+    `prefill_len`: rows of the graph that reads prompts (AR-N), in chunks; 1: the decode graph reads them (kv mode).
     `k`: drafted tokens per verification, one graph of k + 1 rows for each; 0 is plain decoding. `max_seq_len`: the
     artefact's context; behind it there is room for the nodes of trees of at most `max_nodes`. `hidden`: states of the
-    target that graphs return, for drafters that read them. `attention`: by ExecuTorch's operators for language models
-    ("custom") or in core operators ("plain"). `delegate`: who runs the products. `share_buffers=False` gives every
-    graph keys and values of its own, which is wrong, and there to show it.
+    target that graphs return, for drafters that read them. `recipe`: how weights are stored, None: as they are; each
+    backend has names of its own.
     """
+
+    backend: ClassVar[str] = ""
 
     prefill_len: int = 32
     k: tuple[int, ...] = (0, 3, 6)
     max_seq_len: int = 512
     max_nodes: int = 32
     hidden: tuple[int, ...] = ()
-    attention: str = "custom"
-    delegate: str = "xnnpack"
-    share_buffers: bool = True
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("attention", ATTENTIONS), ("delegate", DELEGATES)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.prefill_len < 1 or self.max_seq_len < 2:
             raise InputError("prefill_len is a whole number >= 1, and max_seq_len one >= 2")
         if self.max_nodes < 0:
@@ -56,6 +51,16 @@ class Options:
             raise InputError(f"max_seq_len is {self.max_seq_len}: a graph of more rows than that can never be full")
         if 0 not in self.k:
             raise InputError("k has no 0: without a graph of one row there is no plain decoding; write k=0,...")
+
+    def check_choice(self, name: str, choices: Sequence[str]) -> None:
+        if getattr(self, name) not in choices:
+            raise InputError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
+
+    def check_recipe(self, names: Sequence[str]) -> None:
+        """Raise `InputError` for a recipe that the backend does not know."""
+        if self.recipe is not None and self.recipe not in names:
+            known = f"knows {', '.join(names)}" if names else "knows none: leave it out"
+            raise InputError(f"recipe is {self.recipe!r}; the {self.backend} backend {known}")
 
     @property
     def num_slots(self) -> int:
@@ -73,7 +78,11 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
-    @staticmethod
-    def of(given: dict[str, Any]) -> Options:
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        """From `as_dict`. Raises `InputError` for a field that this backend's options do not have."""
+        unknown = given.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise InputError(f"the {cls.backend} backend has no option {min(unknown)!r}")
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-        return Options(**plain)
+        return cls(**plain)

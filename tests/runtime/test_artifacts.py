@@ -17,14 +17,15 @@ import torch
 
 import specdec
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.export import artifact, folder, lower
+from specdec.export import artifact, executorch, folder
 from specdec.export.artifact import ArtifactModel, contract_of, export
-from specdec.export.manifest import FILE, PROGRAM, ArtifactError, Manifest, difference, is_artifact, key_of
-from specdec.export.options import Options
+from specdec.export.executorch import PROGRAM, ExecutorchExporter, ExecutorchOptions
+from specdec.export.exporter import exporter
+from specdec.export.manifest import FILE, ArtifactError, Manifest, difference, is_artifact, key_of
 from specdec.export.step import HIDDEN, StaticStep, Swap, layer_shapes
 from specdec.loading import load_model
 
-OPTIONS = Options(prefill_len=4, k=(0, 2), max_seq_len=24, max_nodes=4)
+OPTIONS = ExecutorchOptions(prefill_len=4, k=(0, 2), max_seq_len=24, max_nodes=4)
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +38,14 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Exports without the minutes and without ExecuTorch: the program is its contract."""
     calls: list[Path] = []
 
-    def write(step: Any, options: Options, contract: Any, path: Path, tell: Any) -> dict[str, Any]:
-        calls.append(path)
+    def write(self: Any, step: Any, options: Any, contract: Any, made: Path, tell: Any) -> dict[str, Any]:
+        calls.append(made)
         tell("lowering")
-        path.write_text(json.dumps(contract))
+        (made / PROGRAM).write_text(json.dumps(contract))
         return {"seconds": {}, "coverage": {}}
 
-    monkeypatch.setattr(lower, "lower", write)
-    monkeypatch.setattr(lower, "installed_version", lambda: "1.5.1")
+    monkeypatch.setattr(ExecutorchExporter, "lower", write)
+    monkeypatch.setattr(executorch, "installed_version", lambda: "1.5.1")
     return calls
 
 
@@ -104,9 +105,9 @@ def test_models_that_no_static_graph_can_hold_are_refused() -> None:
     with pytest.raises(InputError, match=r"start.* from a float32 model"):
         export(tiny_models.tiny(), OPTIONS)
     with pytest.raises(InputError, match="max_seq_len is 512, and the model's context is 256"):
-        export(model(), Options())
+        export(model(), ExecutorchOptions())
     with pytest.raises(InputError, match="hidden state 3: the model has those from 0 to 2"):
-        export(model(), Options(max_seq_len=64, hidden=(3,)))
+        export(model(), ExecutorchOptions(max_seq_len=64, hidden=(3,)))
     for wrong, say in (
         ({"k": (1, 3)}, "k has no 0"),
         ({"k": (0, -1)}, "k is a list"),
@@ -114,10 +115,17 @@ def test_models_that_no_static_graph_can_hold_are_refused() -> None:
         ({"delegate": "gpu"}, "delegate is one of"),
         ({"prefill_len": 600}, "a graph of more rows"),
         ({"max_nodes": -1}, "max_nodes"),
+        ({"recipe": "w3a3"}, "recipe is 'w3a3'; the executorch backend knows"),
     ):
         with pytest.raises(InputError, match=say):
-            Options(**wrong)
-    assert Options.of(json.loads(json.dumps(Options(k=(0, 3)).as_dict()))) == Options(k=(0, 3))
+            ExecutorchOptions(**wrong)
+    with pytest.raises(InputError, match="the executorch backend has no option 'soc'"):
+        ExecutorchOptions.of({"soc": "sm8650"})
+    with pytest.raises(InputError, match=r"artefacts are made for executorch.*, not for 'tpu'"):
+        exporter("tpu")
+    assert ExecutorchOptions.of(json.loads(json.dumps(ExecutorchOptions(k=(0, 3)).as_dict()))) == ExecutorchOptions(
+        k=(0, 3)
+    )
 
 
 # Folders.
@@ -133,7 +141,7 @@ def test_an_export_is_kept_and_found_again(lowered: list[Path], tmp_path: Path) 
     assert out == tmp_path / "mine"
     assert (out / PROGRAM).read_bytes() == (first / PROGRAM).read_bytes()
     assert len(lowered) == 1
-    for changed, options in ((model(), Options(**{**vars(OPTIONS), "k": (0, 1)})), (model(seed=3), OPTIONS)):
+    for changed, options in ((model(), ExecutorchOptions(**{**vars(OPTIONS), "k": (0, 1)})), (model(seed=3), OPTIONS)):
         assert export(changed, options) != first
     assert len(lowered) == 3
     with pytest.raises(InputError, match="is there already"):
@@ -146,10 +154,10 @@ def test_an_export_is_kept_and_found_again(lowered: list[Path], tmp_path: Path) 
 
 def test_a_failed_export_leaves_nothing(monkeypatch: pytest.MonkeyPatch, lowered: list[Path], tmp_path: Path) -> None:
     def fail(*args: Any) -> Any:
-        args[3].write_text("half")
+        (args[4] / PROGRAM).write_text("half")
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(lower, "lower", fail)
+    monkeypatch.setattr(ExecutorchExporter, "lower", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         export(model(), OPTIONS, out=tmp_path / "mine")
     assert list(folder.artifacts_folder().iterdir()) == []
@@ -159,14 +167,14 @@ def test_a_failed_export_leaves_nothing(monkeypatch: pytest.MonkeyPatch, lowered
 _KILLED = """
 import sys, time, torch, tiny_models
 from pathlib import Path
-from specdec.export import artifact, lower
-from specdec.export.options import Options
-def slow(step, options, contract, path, tell):
-    path.write_bytes(b"half a program")
+from specdec.export import artifact, executorch
+def slow(self, step, options, contract, made, tell):
+    (made / "model.pte").write_bytes(b"half a program")
     print("writing", flush=True)
     time.sleep(60)
-lower.lower, lower.installed_version = slow, lambda: "1.5.1"
-artifact.export(tiny_models.tiny("llama", dtype=torch.float32), Options(4, (0, 2), 24, 4), out=sys.argv[1])
+executorch.ExecutorchExporter.lower, executorch.installed_version = slow, lambda: "1.5.1"
+options = executorch.ExecutorchOptions(4, (0, 2), 24, 4)
+artifact.export(tiny_models.tiny("llama", dtype=torch.float32), options, out=sys.argv[1])
 """
 
 
@@ -270,16 +278,16 @@ def test_what_an_artifact_settles_is_no_option(lowered: list[Path]) -> None:
 def test_releases_that_were_never_tried_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.4.0")
     with pytest.raises(InputError, match=r"executorch 1\.4\.0 with torch .* was never tried"):
-        lower.installed_version()
+        executorch.installed_version()
 
 
 def test_differences_are_named() -> None:
     assert difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 2]}}) is None
     assert difference({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == ("a.b", 1, 3)
     assert difference({"a": 1}, {"a": 1, "b": 2}) == ("b", None, 2)
-    options = Options(max_seq_len=24, prefill_len=4)
+    options = ExecutorchOptions(max_seq_len=24, prefill_len=4)
     contract = {"options": options.as_dict()}
-    assert key_of(contract) != key_of({"options": Options(max_seq_len=25, prefill_len=4).as_dict()})
+    assert key_of(contract) != key_of({"options": ExecutorchOptions(max_seq_len=25, prefill_len=4).as_dict()})
 
 
 def test_the_key_follows_every_weight(lowered: list[Path]) -> None:

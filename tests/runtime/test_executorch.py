@@ -129,8 +129,8 @@ def test_a_committed_branch_copies_nothing(artifact: Any, monkeypatch: pytest.Mo
     session.forward(TokenTree.of([9, 8, 7], [-1, -1, 1]))
     called: list[str] = []
     program = session.backend._program
-    execute = program.execute
-    monkeypatch.setattr(program, "execute", lambda name, inputs: called.append(name) or execute(name, inputs))
+    call = program.call
+    monkeypatch.setattr(program, "call", lambda name, inputs: called.append(name) or call(name, inputs))
     session.commit([1, 2], [8, 7, 6])
     assert called == []
     row = session.forward().logits[-1]
@@ -213,8 +213,8 @@ def _sizes_and_faults(folder: Path) -> str:
     return f"""
 import torch, tiny_models, sys
 from pathlib import Path
-from specdec.export import lower
-from specdec.export.options import Options
+from specdec.export import executorch
+from specdec.export.executorch import ExecutorchOptions
 from specdec.export.step import StaticStep, HIDDEN
 from specdec.export.artifact import ArtifactModel, contract_of
 from specdec.export.manifest import Manifest, listed
@@ -222,14 +222,14 @@ from specdec.runtime.backends.executorch import ExecutorchBackend
 shape = dict(num_hidden_layers=1, hidden_size=256, intermediate_size=512, head_dim=64)
 model = tiny_models.tiny("llama", dtype=torch.float32, **shape)
 sizes = []
-lower.load_operators()
+executorch.load_operators()
 for k, prefill, shared in (((0,), 1, True), ((0, 3), 32, True), ((0,), 32, False)):
-    options = Options(prefill_len=prefill, k=k, max_seq_len=32, max_nodes=0, share_buffers=shared)
+    options = ExecutorchOptions(prefill_len=prefill, k=k, max_seq_len=32, max_nodes=0, share_buffers=shared)
     step = StaticStep(model, options.num_slots)
     path = Path({str(folder)!r}) / f"{{prefill}}{{shared}}" / "model.pte"
     path.parent.mkdir()
     contract = contract_of(model, step, options)
-    lower.Lowered(lower.trace(step, options), options, contract).write(path)
+    executorch.Lowered(executorch.trace(step, options), options, contract).write(path)
     model.config.save_pretrained(path.parent)
     Manifest(contract, listed(path.parent)).write(path.parent)
     try:

@@ -7,26 +7,51 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.export import ExportedProgram
 
 from specdec.errors import InputError
-from specdec.export.options import SWAP, Options
-from specdec.export.step import StaticStep, Swap
+from specdec.export.exporter import Exporter, Tell
+from specdec.export.options import Options
+from specdec.export.step import ATTENTIONS, StaticStep, Swap
 
+PROGRAM = "model.pte"
+#: The graph that exchanges what the slots hold.
+SWAP = "swap"
+#: Who runs the parts of a graph that a delegate takes.
+DELEGATES = ("xnnpack", "portable")
 #: Releases of ExecuTorch, and those of torch that each was found to work with.
 KNOWN = {"1.5": ("2.13",)}
 #: What the program calls the contract that it carries.
 CONTRACT = "specdec_contract"
 _MESSAGE = "pip install 'specdec[executorch]'"
 
-#: Told what is going on.
-Tell = Callable[[str], None]
+
+@dataclass(frozen=True)
+class ExecutorchOptions(Options):
+    """`attention`: by ExecuTorch's operators for language models ("custom") or in core operators ("plain").
+
+    `delegate`: who runs the products. `share_buffers=False` gives every graph keys and values of its own, which is
+    wrong, and there to show it.
+    """
+
+    backend: ClassVar[str] = "executorch"
+
+    attention: str = "custom"
+    delegate: str = "xnnpack"
+    share_buffers: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("attention", ATTENTIONS)
+        self.check_choice("delegate", DELEGATES)
+        self.check_recipe(())
 
 
 def installed_version() -> str:
@@ -63,7 +88,7 @@ def load_operators() -> None:
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - registers them
 
 
-def trace(step: StaticStep, options: Options, tell: Tell = lambda _: None) -> dict[str, ExportedProgram]:
+def trace(step: StaticStep, options: ExecutorchOptions, tell: Tell = lambda _: None) -> dict[str, ExportedProgram]:
     """One exported program per graph of the options, and the one that exchanges what the slots hold."""
     programs: dict[str, ExportedProgram] = {}
     with torch.no_grad(), quietly():
@@ -87,7 +112,9 @@ def _partitioners(delegate: str) -> list[Any]:
 class Lowered:
     """Graphs that were lowered and can be written out, with or without common slots."""
 
-    def __init__(self, programs: Mapping[str, ExportedProgram], options: Options, contract: Mapping[str, Any]):
+    def __init__(
+        self, programs: Mapping[str, ExportedProgram], options: ExecutorchOptions, contract: Mapping[str, Any]
+    ):
         with quietly():
             from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -124,20 +151,30 @@ class Lowered:
             program.write_to_file(file)
 
 
-def lower(
-    step: StaticStep, options: Options, contract: Mapping[str, Any], path: Path, tell: Tell = lambda _: None
-) -> dict[str, Any]:
-    """Write the program to `path`; seconds by stage, and what the delegate took. Minutes for a dozen layers."""
-    installed_version()
-    load_operators()
-    seconds, started = {}, time.perf_counter()
-    programs = trace(step, options, tell)
-    seconds["trace"], started = time.perf_counter() - started, time.perf_counter()
-    tell(f"lowering {len(programs)} graphs of {len(step.shapes)} layers to {options.delegate}")
-    lowered = Lowered(programs, options, contract)
-    seconds["lower"], started = time.perf_counter() - started, time.perf_counter()
-    coverage = lowered.coverage()
-    tell("writing the program")
-    lowered.write(path)
-    seconds["write"] = time.perf_counter() - started
-    return {"seconds": {name: round(value, 2) for name, value in seconds.items()}, "coverage": coverage}
+class ExecutorchExporter(Exporter):
+    name = "executorch"
+    options = ExecutorchOptions
+    program = PROGRAM
+
+    def versions(self) -> dict[str, str]:
+        return {"executorch": installed_version()}
+
+    def step(self, model: Any, options: ExecutorchOptions) -> StaticStep:
+        return StaticStep(model, options.num_slots, hidden=options.hidden, attention=options.attention)
+
+    def lower(
+        self, step: StaticStep, options: ExecutorchOptions, contract: Mapping[str, Any], folder: Path, tell: Tell
+    ) -> dict[str, Any]:
+        """Seconds by stage, and what the delegate took. Minutes for a dozen layers."""
+        load_operators()
+        seconds, started = {}, time.perf_counter()
+        programs = trace(step, options, tell)
+        seconds["trace"], started = time.perf_counter() - started, time.perf_counter()
+        tell(f"lowering {len(programs)} graphs of {len(step.shapes)} layers to {options.delegate}")
+        lowered = Lowered(programs, options, contract)
+        seconds["lower"], started = time.perf_counter() - started, time.perf_counter()
+        coverage = lowered.coverage()
+        tell("writing the program")
+        lowered.write(folder / PROGRAM)
+        seconds["write"] = time.perf_counter() - started
+        return {"seconds": {name: round(value, 2) for name, value in seconds.items()}, "coverage": coverage}
