@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
 import specdec
 from specdec.errors import UnsupportedModelError
 from specdec.export import folder as folders
-from specdec.export.exporter import Tell, exporter
+from specdec.export.exporter import Stored, Tell, exporter
 from specdec.export.manifest import FILE, ArtifactError, Manifest, key_of, listed
 from specdec.export.options import Options
 from specdec.export.step import StaticStep
@@ -27,6 +27,8 @@ from specdec.quant.linear import num_parameters
 from specdec.vocabulary import output_size
 
 EMBEDDINGS = "embeddings.safetensors"
+#: The text that a recipe's method looked at, by its tokens: with it the same weights can be made again.
+CALIBRATION = "calibration.safetensors"
 
 
 class ArtifactModel(nn.Module):
@@ -114,8 +116,11 @@ def model_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def contract_of(model: Any, step: StaticStep, options: Options) -> dict[str, Any]:
-    """All that a program of this model and these options depends on, as plain data."""
+def contract_of(model: Any, step: StaticStep, options: Options, stored: Stored | None = None) -> dict[str, Any]:
+    """All that a program of this model and these options depends on, as plain data.
+
+    `stored`: how the weights were rounded before; `model` is what they were.
+    """
     versions = exporter(options.backend).versions()
     config = model.config.get_text_config(decoder=True)
     return {
@@ -131,6 +136,7 @@ def contract_of(model: Any, step: StaticStep, options: Options) -> dict[str, Any
             "attention_kinds": list(step.kinds),
             "sliding_window": getattr(config, "sliding_window", None),
             "slots": [[shape.heads, shape.key_size, shape.value_size] for shape in step.shapes],
+            **({} if stored is None else {"stored": stored.facts}),
         },
         "versions": {
             **versions,
@@ -147,6 +153,7 @@ def export(
     *,
     tokenizer: Any = None,
     out: str | Path | None = None,
+    calibration_BT: Tensor | None = None,
     tell: Tell = lambda _: None,
 ) -> Path:
     """Write a model as an artefact of the backend whose options are given. Returns its folder: `out`, or kept by key.
@@ -154,7 +161,10 @@ def export(
     The same model with the same options and versions is exported once: later calls find it. Nothing is there under its
     name until all of it is. Minutes for a dozen layers; `tell` hears of each stage.
 
-    Lossless: yes; greedy texts are those of the model but for ties within float32 rounding.
+    `calibration_BT`: tokens of text, for recipes whose method looks at activations (`recipes.needs_text`).
+
+    Lossless: yes; greedy texts are those of the model but for ties within float32 rounding. With a recipe they are
+    those of the rounded model, plain and speculative alike.
     Raises `InputError` for options that do not fit, `UnsupportedModelError` for models that cannot be exported.
     """
     made_by = exporter(options.backend)
@@ -162,11 +172,14 @@ def export(
     if out is not None:
         folders.check_free(Path(out))
     made_by.versions()  # refuses before anything is spent
-    step = made_by.step(model, options)
-    contract = contract_of(model, step, options)
+    stored = made_by.store(model, options, calibration_BT)
+    step = made_by.step(model if stored is None else stored.model, options)
+    contract = contract_of(model, step, options, stored)
     kept = folders.artifacts_folder() / key_of(contract)
     if not _is_whole(kept):
-        _write(kept, model, tokenizer, step, options, contract, tell)
+        beside = {} if stored is None else {"stored_bytes": stored.num_bytes}
+        looked_at = calibration_BT if stored is not None and stored.facts.get("calibration") else None
+        _write(kept, model, tokenizer, step, options, contract, tell, beside, looked_at)
     else:
         tell("found among those made before")
     if out is None:
@@ -207,6 +220,8 @@ def _write(
     options: Options,
     contract: dict[str, Any],
     tell: Tell,
+    sizes: dict[str, int],
+    calibration_BT: Tensor | None,
 ) -> None:
     started, made_by = time.perf_counter(), exporter(options.backend)
     with folders.aside(target) as made:
@@ -218,8 +233,10 @@ def _write(
             tokenizer.save_pretrained(made)
         if options.hidden:
             save_file(_embeddings(model), made / EMBEDDINGS)
+        if calibration_BT is not None:
+            save_file({"tokens": calibration_BT.to(torch.int32).contiguous()}, made / CALIBRATION)
         files = listed(made)
-        sizes = {
+        sizes |= {
             "program_bytes": files[made_by.program]["bytes"],
             "weight_bytes": sum(p.nbytes for p in model.parameters()),
             "slot_bytes": step.bytes_per_token * (options.num_slots + 1),

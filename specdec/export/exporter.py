@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from specdec.errors import InputError
 from specdec.export.options import Options
@@ -20,6 +22,18 @@ EXPORTERS = {
 }
 #: Told what is going on.
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model in torch whose weights are rounded as an artefact of it stores them: what graphs are to be compared with.
+
+    `facts`: what the contract says of them. `num_bytes`: of all weights as they are stored.
+    """
+
+    model: Any
+    facts: dict[str, Any]
+    num_bytes: int
 
 
 class Exporter(ABC):
@@ -52,6 +66,13 @@ class Exporter(ABC):
         bad = [i for i in options.hidden if not 0 <= i <= config.num_hidden_layers]
         if bad:
             raise InputError(f"hidden state {bad[0]}: the model has those from 0 to {config.num_hidden_layers}")
+
+    def store(self, model: Any, options: Any, calibration_BT: Tensor | None = None) -> Stored | None:
+        """The model as `options.recipe` stores it; None where weights stay as they are, or only the graphs round them.
+
+        `calibration_BT`: tokens of text for recipes that look at activations. Raises `InputError` where it is wanting.
+        """
+        return None
 
     @abstractmethod
     def step(self, model: Any, options: Any) -> StaticStep:
