@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from specdec.errors import InputError
-from specdec.export.exporter import Exporter, Tell
-from specdec.export.options import Options
+from specdec.export import recipes
+from specdec.export.delegates import DELEGATES, partitioners
+from specdec.export.exporter import Exporter, Stored, Tell
+from specdec.export.options import Method, Options
 from specdec.export.step import ATTENTIONS, StaticStep, Swap
+from specdec.export.step_io import IoStep
 
 PROGRAM = "model.pte"
 #: The graph that exchanges what the slots hold.
 SWAP = "swap"
-#: Who runs the parts of a graph that a delegate takes.
-DELEGATES = ("xnnpack", "portable")
+#: Who writes keys and values: graphs into slots of their own, the host, which gives them to graphs, or either.
+KV = ("graph", "host", "both")
 #: Releases of ExecuTorch, and those of torch that each was found to work with.
 KNOWN = {"1.5": ("2.13",)}
 #: What the program calls the contract that it carries.
@@ -37,21 +41,34 @@ _MESSAGE = "pip install 'specdec[executorch]'"
 class ExecutorchOptions(Options):
     """`attention`: by ExecuTorch's operators for language models ("custom") or in core operators ("plain").
 
-    `delegate`: who runs the products. `share_buffers=False` gives every graph keys and values of its own, which is
-    wrong, and there to show it.
+    `delegate`: who runs the products, a name of `DELEGATES`. `kv`: who writes keys and values; of a program that has
+    both kinds of graphs this is chosen when it is opened. `share_buffers=False` gives every graph keys and values of
+    its own, which is wrong, and there to show it.
     """
 
     backend: ClassVar[str] = "executorch"
 
     attention: str = "custom"
     delegate: str = "xnnpack"
+    kv: str = "graph"
     share_buffers: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choice("attention", ATTENTIONS)
-        self.check_choice("delegate", DELEGATES)
-        self.check_recipe(())
+        self.check_choice("delegate", tuple(DELEGATES))
+        self.check_choice("kv", KV)
+        if self.kv != "host" and not DELEGATES[self.delegate].owns:
+            raise InputError(
+                f"the {self.delegate} delegate takes no graphs with slots of their own: give kv='host' (--kv host) too"
+            )
+        if self.recipe is None:
+            return
+        object.__setattr__(self, "recipe", recipes.canonical(self.recipe))  # the same weights, the same key
+        if self.delegate != "xnnpack":
+            raise InputError(
+                f"recipes are for the delegate xnnpack, and {self.delegate} is given; leave one of them out"
+            )
 
 
 def installed_version() -> str:
@@ -88,25 +105,64 @@ def load_operators() -> None:
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - registers them
 
 
+def host_graph(method: Method) -> str:
+    """What the graph of these rows is called that is given keys and values."""
+    return f"host_{method.name}"
+
+
+def graphs(options: ExecutorchOptions) -> list[str]:
+    """Of a program that decode, narrow ones first."""
+    owning = [m.name for m in options.methods] if options.kv != "host" else []
+    return owning + ([host_graph(m) for m in options.methods] if options.kv != "graph" else [])
+
+
+class _Steps(StaticStep):
+    """A step that owns its slots, and beside it one on the same weights that is given them."""
+
+    def __init__(self, model: Any, options: ExecutorchOptions):
+        super().__init__(model, options.num_slots, hidden=options.hidden, attention=options.attention)
+        given = IoStep(model, options.num_slots, hidden=options.hidden) if options.kv == "both" else None
+        self.given = (given,)  # in a tuple, so that it is no part of this module
+
+
 def trace(step: StaticStep, options: ExecutorchOptions, tell: Tell = lambda _: None) -> dict[str, ExportedProgram]:
     """One exported program per graph of the options, and the one that exchanges what the slots hold."""
     programs: dict[str, ExportedProgram] = {}
+
+    def add(name: str, module: StaticStep, method: Method) -> None:
+        tell(f"tracing {name}")
+        module = module.last_only() if method.one_logit else module
+        programs[name] = torch.export.export(module, module.example(method.width), strict=False)
+
     with torch.no_grad(), quietly():
-        for method in options.methods:
-            tell(f"tracing {method.name}")
-            module = step.last_only() if method.one_logit else step
-            programs[method.name] = torch.export.export(module, module.example(method.width), strict=False)
-        swap = Swap(step)
-        programs[SWAP] = torch.export.export(swap, swap.example(), strict=False)
+        if not isinstance(step, IoStep):
+            for method in options.methods:
+                add(method.name, step, method)
+            swap = Swap(step)
+            programs[SWAP] = torch.export.export(swap, swap.example(), strict=False)
+        given = step if isinstance(step, IoStep) else step.given[0] if isinstance(step, _Steps) else None
+        if given is not None:
+            for method in options.methods:
+                add(host_graph(method), given, method)
     return programs
 
 
-def _partitioners(delegate: str) -> list[Any]:
-    if delegate == "portable":
-        return []
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+class _Planning:
+    """Memory of each graph: those with slots share them; those that are given keys and values read them where they lie,
+    instead of copying them into memory of their own at every step."""
 
-    return [XnnpackPartitioner()]
+    def __init__(self, share_buffers: bool):
+        from executorch.exir.passes import MemoryPlanningPass
+
+        self._owning = MemoryPlanningPass(share_mutable_buffers=share_buffers)
+        self._given = MemoryPlanningPass(alloc_graph_input=False)
+
+    def run(self, module: Any, signature: Any = None) -> Any:
+        owns = bool(signature is not None and signature.buffers_to_mutate)
+        return (self._owning if owns else self._given).run(module, signature)
+
+    def run_multimethod(self) -> None:
+        self._owning.run_multimethod()
 
 
 class Lowered:
@@ -120,7 +176,7 @@ class Lowered:
 
             self._edge = to_edge_transform_and_lower(
                 dict(programs),
-                partitioner={name: _partitioners(options.delegate) for name in programs},
+                partitioner={name: partitioners(options.delegate, options.recipe) for name in programs},
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
                 constant_methods={CONTRACT: json.dumps(contract)},
             )
@@ -131,9 +187,9 @@ class Lowered:
         from executorch.devtools.backend_debug import get_delegation_info
 
         found = {}
-        for method in self.options.methods:
-            info = get_delegation_info(self._edge.exported_program(method.name).graph_module)
-            found[method.name] = {
+        for name in graphs(self.options):
+            info = get_delegation_info(self._edge.exported_program(name).graph_module)
+            found[name] = {
                 "delegates": int(info.num_delegated_subgraphs),
                 "delegated": int(info.num_delegated_nodes),
                 "outside": int(info.num_non_delegated_nodes),
@@ -142,9 +198,8 @@ class Lowered:
 
     def write(self, path: Path) -> None:
         from executorch.exir import ExecutorchBackendConfig
-        from executorch.exir.passes import MemoryPlanningPass
 
-        planning = MemoryPlanningPass(share_mutable_buffers=self.options.share_buffers)
+        planning: Any = _Planning(self.options.share_buffers)
         with quietly():
             program = self._edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
         with path.open("wb") as file:
@@ -159,14 +214,28 @@ class ExecutorchExporter(Exporter):
     def versions(self) -> dict[str, str]:
         return {"executorch": installed_version()}
 
+    def store(self, model: Any, options: ExecutorchOptions, calibration_BT: Tensor | None = None) -> Stored | None:
+        return recipes.quantise(model, options.recipe, calibration_BT) if options.recipe is not None else None
+
     def step(self, model: Any, options: ExecutorchOptions) -> StaticStep:
-        return StaticStep(model, options.num_slots, hidden=options.hidden, attention=options.attention)
+        if options.kv == "host":
+            step: StaticStep = IoStep(model, options.num_slots, hidden=options.hidden)
+            given = None
+        else:
+            step = _Steps(model, options)
+            given = step.given[0]
+        if options.recipe is not None:
+            recipes.unwrap(step)
+            if given is not None:
+                recipes.unwrap(given)
+        return step
 
     def lower(
         self, step: StaticStep, options: ExecutorchOptions, contract: Mapping[str, Any], folder: Path, tell: Tell
     ) -> dict[str, Any]:
         """Seconds by stage, and what the delegate took. Minutes for a dozen layers."""
         load_operators()
+        partitioners(options.delegate)  # refuses before anything is spent
         seconds, started = {}, time.perf_counter()
         programs = trace(step, options, tell)
         seconds["trace"], started = time.perf_counter() - started, time.perf_counter()

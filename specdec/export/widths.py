@@ -38,7 +38,7 @@ _MOST_READ = 256 << 20
 
 
 def first_layers(model: Any, count: int) -> Any:
-    """The model with its first layers only, sharing every tensor. `UnsupportedModelError` where it has no list of them."""
+    """The model with its first layers only, on the same tensors. `UnsupportedModelError` where there is no list of them."""
     path, config = _layers_path(model), copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
     kinds = layer_types(text)[:count]
