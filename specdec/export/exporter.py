@@ -19,6 +19,7 @@ from specdec.export.step import StaticStep
 #: Where each backend's exporter stands. Imported when it is wanted: most need a package that is an extra.
 EXPORTERS = {
     "executorch": "specdec.export.executorch:ExecutorchExporter",
+    "qnn": "specdec.export.qnn:QnnExporter",
 }
 #: Told what is going on.
 Tell = Callable[[str], None]

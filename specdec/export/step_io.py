@@ -32,7 +32,11 @@ class IoStep(StaticStep):
 
     Integers may be int32. Rotary embeddings are looked up in tables of `num_positions` rows, computed beforehand: the
     angle of a late position has no place in half precision.
+
+    `calibration_BT`: text, int64, for those who round what the graphs compute.
     """
+
+    calibration_BT: Tensor | None = None
 
     def __init__(
         self, model: Any, num_slots: int, *, num_positions: int | None = None, hidden: Sequence[int] = ()

@@ -1,0 +1,183 @@
+"""Artefacts for Qualcomm's HTP: ONNX graphs with keys and values outside, compiled into one binary that shares weights.
+
+The binary is for the chip, and cannot be loaded on x86; the ONNX files stay beside it, for the emulator.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from specdec.errors import InputError, UnsupportedModelError
+from specdec.export import htp, onnx_graphs
+from specdec.export.executorch import quietly
+from specdec.export.exporter import Exporter, Tell
+from specdec.export.options import Options
+from specdec.export.qnn_quantise import HIDDEN_16, calibrate, feeds, quantise
+from specdec.export.step import StaticStep
+from specdec.export.step_io import HIDDEN_HALF, IoStep
+from specdec.export.versions import tried
+
+#: What goes to the chip: the binary, and for each graph an ONNX file of one node that stands for it.
+DEVICE = "device"
+PROGRAM = f"{DEVICE}/model.bin"
+#: Weights and activations in half precision; weights in 8 or 4 bits with a scale per output, activations in 16.
+RECIPES = ("fp16", "w8a16", "w4a16")
+
+
+@dataclass(frozen=True)
+class QnnOptions(Options):
+    """`soc`: the chip, by a name of `htp.SOCS`.
+
+    `calibration_rows` and `calibration_length` are of the text that w8a16 and w4a16 find ranges on. The model writes it
+    by itself; nothing is judged by it.
+    """
+
+    backend: ClassVar[str] = "qnn"
+
+    recipe: str | None = "fp16"
+    soc: str = "sm8650"
+    calibration_rows: int = 8
+    calibration_length: int = 96
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "recipe", self.recipe or "fp16")
+        object.__setattr__(self, "soc", htp.soc_of(self.soc).name)
+        self.check_recipe(RECIPES)
+        if self.calibration_rows < 1 or not 2 <= self.calibration_length <= self.max_seq_len:
+            raise InputError("calibration_rows is a whole number >= 1, calibration_length one from 2 to max_seq_len")
+
+    @property
+    def hidden_score(self) -> float:
+        """Of a slot that a row does not see."""
+        return HIDDEN_HALF if self.recipe == "fp16" else HIDDEN_16
+
+
+def installed_version() -> str:
+    """Of the provider. Raises `InputError` when it is not there, or was never tried with the torch that is."""
+    return tried("onnxruntime-qnn", htp.KNOWN, htp.MESSAGE)
+
+
+class QnnExporter(Exporter):
+    name = "qnn"
+    options = QnnOptions
+    program = PROGRAM
+
+    def versions(self) -> dict[str, str]:
+        found = {"onnxruntime-qnn": installed_version()}
+        for package in ("onnxruntime", "onnx", "onnxscript"):
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                raise InputError(f"an export for qnn needs the package {package}: {htp.MESSAGE}") from None
+        return found
+
+    def step(self, model: Any, options: QnnOptions) -> StaticStep:
+        step = IoStep(model, options.num_slots, hidden=options.hidden)
+        if options.recipe != "fp16":
+            step.calibration_BT = _own_text(model, options)
+        return step
+
+    def lower(
+        self, step: StaticStep, options: QnnOptions, contract: Mapping[str, Any], folder: Path, tell: Tell
+    ) -> dict[str, Any]:
+        """Seconds by stage and graph, and what the HTP took: all of it, or there is no artefact."""
+        assert isinstance(step, IoStep)
+        seconds: dict[str, float] = {}
+        models: dict[str, Any] = {}
+        for method in options.methods:
+            tell(f"tracing {method.name}")
+            started = time.perf_counter()
+            models[method.name] = onnx_graphs.trace(step, method)
+            seconds[f"trace {method.name}"] = time.perf_counter() - started
+        if options.recipe != "fp16":
+            models = _rounded(step, options, models, seconds, tell)
+        files = onnx_graphs.save(models, folder, contract)
+        counts = {name: onnx_graphs.operators(model.graph.node) for name, model in models.items()}
+        (folder / DEVICE).mkdir()
+        soc = htp.soc_of(options.soc)
+        tell(f"compiling {len(files)} graphs of {len(step.shapes)} layers for {soc.name}")
+        taken: dict[str, float] = {}
+        made = htp.compile_together(files, soc, folder / DEVICE, taken)
+        seconds |= {f"compile {name}": value for name, value in taken.items()}
+        coverage = _one_binary(made, folder / PROGRAM, contract, counts)
+        return {
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "coverage": coverage,
+            "soc": {"name": soc.name, "product": soc.product, "htp_arch": soc.arch, "soc_model": soc.model},
+        }
+
+
+def _own_text(model: Any, options: QnnOptions) -> Tensor:
+    """Calibration text, int64 `[B, T]`."""
+    from specdec.quant.methods import calibration
+
+    made = calibration.from_model(model, None, options.calibration_rows, options.calibration_length)
+    return calibration.check_tokens(made, model, str(options.recipe))
+
+
+def _rounded(
+    step: IoStep, options: QnnOptions, models: Mapping[str, Any], seconds: dict[str, float], tell: Tell
+) -> dict[str, Any]:
+    """The same graphs with few-bit weights; ranges come from the widest one that gives all rows' logits."""
+    import onnx
+
+    assert step.calibration_BT is not None
+    bits = 8 if options.recipe == "w8a16" else 4
+    widest = max((m for m in options.methods if not m.one_logit), key=lambda m: m.width)
+    rounded: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as aside, quietly():
+        files = onnx_graphs.save(models, Path(aside), {})
+        tell(f"calibrating on {step.calibration_BT.numel()} tokens")
+        started = time.perf_counter()
+        text = feeds(step, widest, step.calibration_BT, options.hidden_score)
+        ranges = calibrate(files[widest.name], text)
+        seconds["calibrate"], started = time.perf_counter() - started, time.perf_counter()
+        tell(f"rounding weights to {bits} bits")
+        for method in options.methods:
+            out = Path(aside) / f"{method.name}-rounded.onnx"
+            module = step.last_only() if method.one_logit else step
+            names, values = module.names()[0], module.example(method.width)
+            example = {name: value.numpy() for name, value in zip(names, values, strict=True)}
+            quantise(files[method.name], ranges, bits, example, out)
+            rounded[method.name] = onnx.load(out)
+        seconds["round"] = time.perf_counter() - started
+    return rounded
+
+
+def _one_binary(
+    made: Mapping[str, Path], program: Path, contract: Mapping[str, Any], counts: Mapping[str, int]
+) -> dict[str, dict[str, int]]:
+    """Give the binary its name, and check that each graph is one node, of the HTP. Coverage by graph."""
+    import onnx
+
+    binaries = sorted(program.parent.glob("*.bin"))
+    if len(binaries) != 1:
+        raise UnsupportedModelError(
+            f"the compiler wrote {len(binaries)} binaries in place of one with common weights: "
+            f"{', '.join(path.name for path in binaries) or 'none'}"
+        )
+    binaries[0].rename(program)
+    coverage = {}
+    for name, path in made.items():
+        stand_in = onnx.load(path)
+        parts = [node for node in stand_in.graph.node if node.op_type == "EPContext"]
+        outside = len(stand_in.graph.node) - len(parts)
+        if len(parts) != 1 or outside:
+            raise UnsupportedModelError(f"{name} is {len(parts)} parts on the HTP, and {outside} operators outside")
+        for attribute in parts[0].attribute:
+            if attribute.name == "ep_cache_context":
+                attribute.s = program.name.encode()
+        onnx.helper.set_model_props(stand_in, {onnx_graphs.CONTRACT: json.dumps(contract)})
+        onnx.save(stand_in, path)
+        coverage[name] = {"delegates": len(parts), "delegated": counts[name], "outside": outside}
+    return coverage
