@@ -108,7 +108,7 @@ def load_model(
     library that is not installed.
     """
     if is_artifact(source):
-        return _open_artifact(source, device, dtype, quantize)
+        return _open_artifact(source, device, dtype, quantize, kwargs)
     device = torch.device(device) if device is not None else default_device()
     kwargs = {**_quantisation(source, quantize, trust_remote_code, kwargs), **kwargs}
     try:
@@ -143,13 +143,13 @@ def load_model(
     return model.eval()
 
 
-def _open_artifact(source: str | Path, device: Any, dtype: Any, quantize: Any) -> Any:
-    """What was exported, in place of a model. `InputError` for what was settled when it was exported."""
+def _open_artifact(source: str | Path, device: Any, dtype: Any, quantize: Any, options: dict[str, Any]) -> Any:
+    """What was exported, in place of a model; `options` go to its backend. `InputError` for what export has settled."""
     from specdec.export.artifact import ArtifactModel  # seldom needed
 
     if quantize is not None:
         raise InputError(f"{source} is an artefact: its weights are stored as they were exported; leave quantize out")
-    model = ArtifactModel.open(source)
+    model = ArtifactModel.open(source, **options)
     wanted = choose_dtype(dtype, model.device)
     if wanted not in ("auto", model.dtype) or torch.device(device or "cpu").type != "cpu":
         raise InputError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from specdec.export.options import Options
 
 # Flags that only some backends know, as fields of their options.
-_OWN = ("attention", "delegate", "recipe")
+_OWN = ("attention", "delegate", "kv", "recipe")
 
 _EXAMPLES = """\
 examples:
@@ -71,7 +71,14 @@ def add_parser(subparsers: Any) -> None:
     own.add_argument(
         "--attention", help="executorch: by its operators for language models, custom, or plain (default: custom)"
     )
-    own.add_argument("--delegate", help="executorch: who runs the products, xnnpack or portable (default: xnnpack)")
+    own.add_argument(
+        "--delegate",
+        help="executorch: who runs the products, xnnpack, portable, vulkan, coreml, openvino or qnn (default: xnnpack)",
+    )
+    own.add_argument(
+        "--kv",
+        help="executorch: who writes keys and values, graph, host, or both: --kv-updater chooses (default: graph)",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", metavar="FILE", help="write the manifest")
     parser.set_defaults(run=run)
@@ -117,7 +124,9 @@ def _show(console: Console, folder: str, manifest: Manifest) -> None:
     model, given = manifest.model, manifest.options
     table.add_row("model", f"{model['class']}, {model['parameters'] / 1e6:.1f}M weights in {model['dtype']}")
     for method in given.methods:
-        table.add_row(method.name, f"{method.width} rows{_covered(coverage.get(method.name))}")
+        graphs = [name for name in (method.name, f"host_{method.name}") if name in coverage] or [method.name]
+        for name in graphs:
+            table.add_row(name, f"{method.width} rows{_covered(coverage.get(name))}")
     share = sizes["program_bytes"] / sizes["weight_bytes"]
     table.add_row("program", f"{sizes['program_bytes'] / 1e6:.1f} MB, {share:.2f} times the weights")
     table.add_row("keys, values", f"{sizes['slot_bytes'] / 1e6:.1f} MB for {given.max_seq_len} positions")

@@ -80,6 +80,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, loads: bool = True) ->
     if loads:
         group.add_argument("--artifact", metavar="DIR", help="a target written by `specdec export`")
         group.add_argument("--drafter-artifact", metavar="DIR", help="the same for a model that drafts")
+        group.add_argument(
+            "--kv-updater",
+            metavar="NAME",
+            help="who writes an artefact's keys and values: scatter, smart-mask, shift-pointer (default: scatter)",
+        )
         add_quantize_options(group)
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     group.add_argument(
@@ -191,6 +196,8 @@ def _take_artifacts(arguments: argparse.Namespace) -> None:
 
         Manifest.read(folder, check_files=False)  # a mistyped folder is no hub id
         setattr(arguments, replaced, folder)
+    if getattr(arguments, "kv_updater", None) is not None and arguments.artifact is None:
+        raise InputError("--kv-updater is for a target that `specdec export` wrote: give --artifact DIR")
 
 
 def describe_target(arguments: argparse.Namespace) -> str:
@@ -231,6 +238,8 @@ def build_decoder(arguments: argparse.Namespace, **more: Any) -> SpeculativeDeco
     if arguments.target is None and not (EMBEDDED / "target").is_dir():
         raise InputError("this installation has no embedded pair; name a model: --target FOLDER_OR_HUB_ID --drafter X")
     drafter_options = dict(arguments.drafter_option)
+    if getattr(arguments, "kv_updater", None) is not None:
+        more["kv_updater"] = arguments.kv_updater
     try:
         return specdec.load(
             arguments.target,

@@ -45,11 +45,15 @@ class ArtifactModel(nn.Module):
         self.folder, self.manifest = folder, manifest
         self.specdec_backend = manifest.backend
         self.config, self.generation_config = config, generation_config
+        self.runtime_options: dict[str, Any] = {}
         self.eval()
 
     @classmethod
-    def open(cls, folder: str | Path) -> ArtifactModel:
-        """Raises `ArtifactError`, naming the field, for a folder that is not what its manifest says."""
+    def open(cls, folder: str | Path, **options: Any) -> ArtifactModel:
+        """`options` go to the backend that will run it.
+
+        Raises `ArtifactError`, naming the field, for a folder that is not what its manifest says.
+        """
         folder = Path(folder)
         manifest = Manifest.read(folder)
         config = AutoConfig.from_pretrained(str(folder))
@@ -57,7 +61,9 @@ class ArtifactModel(nn.Module):
             generation = GenerationConfig.from_pretrained(str(folder))
         except OSError:  # the model had none
             generation = GenerationConfig.from_model_config(config)
-        return cls(folder, manifest, config, generation)
+        model = cls(folder, manifest, config, generation)
+        model.runtime_options = options
+        return model
 
     @property
     def dtype(self) -> torch.dtype:

@@ -66,6 +66,10 @@ class Program(ABC):
     def duplicate(self, text: ArtifactBackend) -> Any:
         """The state of a second text that begins with the slots of this one; both go on by themselves."""
 
+    def gather(self, text: ArtifactBackend, slots: Sequence[int], start: int) -> bool:
+        """Whether the program renames the text's slots itself, so that they always stand in order."""
+        return False
+
     @property
     @abstractmethod
     def describes(self) -> str:
@@ -129,7 +133,7 @@ class ArtifactBackend(Backend):
             raise UnsupportedModelError(
                 f"{model.folder} is an artefact for the {model.specdec_backend} backend, not for {cls.name}"
             )
-        return cls(cls.load(model, **options))
+        return cls(cls.load(model, **{**model.runtime_options, **options}))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -213,7 +217,7 @@ class ArtifactBackend(Backend):
     def gather(self, slots: Sequence[int], start: int) -> None:
         """A permutation of the table: the named slots' places come to stand in order, nothing is copied."""
         end = start + len(slots)
-        if list(slots) == list(range(start, end)):
+        if list(slots) == list(range(start, end)) or self._program.gather(self, slots, start):
             return
         named = list(slots)
         touched = sorted({*named, *range(start, end)})

@@ -84,11 +84,12 @@ class Updater(ABC):
         self.rooms, self.dtype = tuple(rooms), dtype
         self.num_slots: int = sizes.pop()
         self.length = 0
-        self.buffers = [torch.zeros(self._elements(room), dtype=dtype) for room in self.rooms]
+        self.buffers = [torch.zeros(self.elements(room), dtype=dtype) for room in self.rooms]
         self.copied = Copied()
 
+    @staticmethod
     @abstractmethod
-    def _elements(self, room: Room) -> int:
+    def elements(room: Room) -> int:
         """Of a buffer."""
 
     @abstractmethod
@@ -163,7 +164,8 @@ class SmartMask(Updater):
 
     name = "smart-mask"
 
-    def _elements(self, room: Room) -> int:
+    @staticmethod
+    def elements(room: Room) -> int:
         return math.prod(room.shape)
 
     def _offset(self, room: Room) -> int:
@@ -183,7 +185,8 @@ class ShiftPointer(Updater):
 
     name = "shift-pointer"
 
-    def _elements(self, room: Room) -> int:
+    @staticmethod
+    def elements(room: Room) -> int:
         return math.prod(room.shape) + room.num_slots * room.stride
 
     def _offset(self, room: Room) -> int:

@@ -1,4 +1,10 @@
-"""The ExecuTorch backend: one program holds one text's keys and values; where texts take turns, they are exchanged."""
+"""The ExecuTorch backend, with keys and values in the program or on the host.
+
+A program's own slots hold one text's keys and values: where texts take turns, they are exchanged. Graphs that are given
+keys and values leave them to the host, each text's to an updater of its own, and nothing is exchanged.
+
+Shape suffixes: T rows of a graph, S slots.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +19,19 @@ from torch import Tensor
 from specdec.errors import InputError
 from specdec.export import executorch
 from specdec.export.artifact import ArtifactModel
+from specdec.export.delegates import check_runtime
 from specdec.export.executorch import PROGRAM, SWAP
 from specdec.export.manifest import ArtifactError
 from specdec.export.options import Method
 from specdec.export.step import HIDDEN
 from specdec.runtime.artifacts import ArtifactBackend, Inputs, Program
+from specdec.runtime.updaters import HOST_UPDATERS, SCATTER, UPDATERS, HostSlots, SmartMask, Updater, rooms_of
 
 
-class _Program(Program):
-    """A text's `state` is what its slots held when another one's came into the program; None where they are in it."""
+class _Loaded(Program):
+    """The program and those of its graphs that are wanted."""
 
-    def __init__(self, model: ArtifactModel):
+    def __init__(self, model: ArtifactModel, names: Sequence[str]):
         executorch.installed_version()
         executorch.load_operators()
         from executorch.extension.pybindings import portable_lib
@@ -32,19 +40,34 @@ class _Program(Program):
         super().__init__(model)
         if portable_lib._threadpool_get_thread_count() != torch.get_num_threads() and not _loaded:
             portable_lib._unsafe_reset_threadpool(torch.get_num_threads())  # unsafe beside a program that runs
-        program = Runtime.get().load_program(model.folder / PROGRAM)
+        runtime = Runtime.get()
+        check_runtime(self.options.delegate, runtime.backend_registry.registered_backend_names, model.folder)
+        program = runtime.load_program(model.folder / PROGRAM)
         if executorch.CONTRACT not in program.method_names:
             raise ArtifactError(f"{model.folder}: {PROGRAM} carries no contract; export the model again")
         inside = _method(program, executorch.CONTRACT, model.folder).execute(())[0]
         model.manifest.check_contract(model.folder, inside)
-        names = (*(m.name for m in self.methods), SWAP)
         self._methods = {name: _method(program, name, model.folder) for name in names}
         self._program = program
+        _loaded.add(self)
+
+    @property
+    def describes(self) -> str:
+        return f"executorch on {self.options.delegate}"
+
+    def call(self, name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(self._methods[name].execute(inputs))
+
+
+class _Owning(_Loaded):
+    """A text's `state` is what its slots held when another one's came into the program; None where they are in it."""
+
+    def __init__(self, model: ArtifactModel):
+        super().__init__(model, (*(m.name for m in model.manifest.options.methods), SWAP))
         self._empty = self.empty
         self._holder: weakref.ref[ArtifactBackend] | None = None
         self.num_swaps = 0
         self._check_slots()
-        _loaded.add(self)
 
     def _check_slots(self) -> None:
         """Raise unless what each graph writes is there for the others: without common buffers texts would be wrong."""
@@ -62,10 +85,6 @@ class _Program(Program):
                     f"{self.model.folder}: what {method.name} writes is not there for the other graphs: the program "
                     "was exported without common buffers. Export the model again"
                 )
-
-    @property
-    def describes(self) -> str:
-        return f"executorch on {self.options.delegate}"
 
     def holder(self) -> ArtifactBackend | None:
         return self._holder() if self._holder is not None else None
@@ -97,11 +116,55 @@ class _Program(Program):
         self._hold(text)
         return self.call(method.name, inputs.all)
 
-    def call(self, name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(self._methods[name].execute(inputs))
+
+class _Given(_Loaded):
+    """A text's `state` is its `HostSlots`, None until it has written any."""
+
+    def __init__(self, model: ArtifactModel, updater: type[Updater]):
+        super().__init__(model, [executorch.host_graph(m) for m in model.manifest.options.methods])
+        self.updater = updater
+        self._rooms = rooms_of(model.manifest.model["slots"], self.options.num_slots)
+        slots, kinds = self.options.num_slots, len(self.kinds)
+        self._masks = {
+            m.name: [torch.empty(m.width, slots + m.width, dtype=model.dtype) for _ in range(kinds)]
+            for m in self.methods
+        }
+
+    @property
+    def describes(self) -> str:
+        return f"{super().describes}, {self.updater.name}"
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(self.updater.elements(room) for room in self._rooms) * self.slot_dtype.itemsize
+
+    def duplicate(self, text: ArtifactBackend) -> HostSlots | None:
+        return text.state.duplicate() if text.state is not None else None
+
+    def gather(self, text: ArtifactBackend, slots: Sequence[int], start: int) -> bool:
+        text.state.gather(slots, start)
+        return True
+
+    def execute(self, text: ArtifactBackend, method: Method, inputs: Inputs, count: int) -> tuple[Tensor, ...]:
+        if text.state is None:
+            text.state = HostSlots(self.updater(self._rooms, self.slot_dtype))
+        slots: HostSlots = text.state
+        start = int(inputs.slots[0])  # the text's slots stand in order
+        held, columns = slots.show(start), slots.updater.columns
+        masks = self._masks[method.name]
+        for mask, wanted_TS in zip(masks, inputs.masks, strict=True):
+            mask.fill_(HIDDEN)
+            mask[:count, columns] = wanted_TS[:count, :start]
+            own = self.options.num_slots
+            mask[:count, own : own + count] = wanted_TS[:count, start : start + count]
+        numbers = [tensor.to(torch.int32) for tensor in (inputs.tokens, inputs.positions, *inputs.row)]
+        out = self.call(executorch.host_graph(method), (*numbers, *masks, *held))
+        given, new = out[: -len(self._rooms)], out[-len(self._rooms) :]
+        slots.keep(start, count, new)
+        return given
 
 
-_loaded: weakref.WeakSet[_Program] = weakref.WeakSet()
+_loaded: weakref.WeakSet[_Loaded] = weakref.WeakSet()
 
 
 def _method(program: Any, name: str, folder: Path) -> Any:
@@ -119,7 +182,17 @@ class ExecutorchBackend(ArtifactBackend):
     name = "executorch"
 
     @staticmethod
-    def load(model: ArtifactModel, **options: Any) -> Program:
+    def load(model: ArtifactModel, kv_updater: str | None = None, **options: Any) -> Program:
+        """`kv_updater`: who writes keys and values and where, of `UPDATERS`; None: what the artefact has graphs for."""
         if options:
-            raise InputError(f"the executorch backend takes no option, not {sorted(options)}")
-        return _Program(model)
+            raise InputError(f"the executorch backend takes kv_updater only, not {sorted(options)}")
+        kv: str = model.manifest.options.kv
+        name = kv_updater or (SmartMask.name if kv == "host" else SCATTER)
+        if name not in UPDATERS:
+            raise InputError(f"a KV updater is one of {', '.join(UPDATERS)}, not {name!r}")
+        lacking = "graph" if kv == "host" and name == SCATTER else "host" if kv == "graph" and name != SCATTER else None
+        if lacking is not None:
+            raise InputError(
+                f"{model.folder} has no graphs for the KV updater {name}: export it with --kv both, or --kv {lacking}"
+            )
+        return _Owning(model) if name == SCATTER else _Given(model, HOST_UPDATERS[name])
