@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 #: Whether the operators are there already: what code asks that is being traced, which must not load them.
 loaded = False
+#: The library that they came from.
+library: Path | None = None
+_offered: list[Path] = []
 
 
 @lru_cache(maxsize=1)
@@ -47,13 +51,26 @@ def why_not() -> str:
     return ""
 
 
+def offer(path: Path) -> None:
+    """A library of these very sources, for this torch (`build.key()`): it is loaded where none came with the package.
+
+    Nothing is compiled then, and no compiler looked for. Of no effect where the kernels are loaded already.
+    """
+    if not loaded:
+        _offered.append(path)
+        why_not.cache_clear()
+
+
 def _load() -> None:
-    ready = prebuilt()
-    if ready is not None:
+    global library
+    for ready in filter(None, (prebuilt(), *_offered)):
         with suppress(OSError):  # made where system libraries are newer: this machine can make its own
             torch.ops.load_library(str(ready))
+            library = ready
             return
-    torch.ops.load_library(str(compiled()))
+    made = compiled()
+    torch.ops.load_library(str(made))
+    library = made
 
 
 def available() -> bool:

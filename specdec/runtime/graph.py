@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,31 +103,36 @@ class Graph:
     [M, W] ...]`.
     """
 
-    def __init__(self, path: Path, model: NativeModel):
+    def __init__(self, path: Path, bound: Mapping[str, Tensor]):
+        """`bound`: the weights by name, `tensors` of a model."""
         package = _loader(path)
-        bound = tensors(model)
         wanted = package.get_constant_fqns()
         missing = [name for name in wanted if name not in bound]
         if missing:
             raise RuntimeError(f"the graph wants {missing[0]}, which the model does not have")
         # The graph reads these where they lie: they must live as long as it does.
-        self._bound = {name: bound[name].detach() for name in wanted}
-        package.load_constants(self._bound, False, True, True)  # into the active set; all of them; used where they lie
+        self.bound = {name: bound[name].detach() for name in wanted}
+        package.load_constants(self.bound, False, True, True)  # into the active set; all of them; used where they lie
         self._run: Callable[[list[Tensor]], list[Tensor]] = package.run
 
     def __call__(self, *given: Tensor) -> Sequence[Tensor]:
         return self._run(list(given))
 
 
+def path_of(model: NativeModel) -> Path:
+    """Where the model's graph is kept, or will be."""
+    return folder() / f"{fingerprint(model)}.pt2"
+
+
 def find(model: NativeModel) -> Graph | None:
     """The graph that an earlier process compiled, or None."""
-    path = folder() / f"{fingerprint(model)}.pt2"
-    return Graph(path, model) if path.is_file() else None
+    path = path_of(model)
+    return Graph(path, tensors(model)) if path.is_file() else None
 
 
 def compile(model: NativeModel, handle: Tensor) -> Graph:
     """Compile, keep, and load. `handle` names any steps: tracing never runs them. Raises what torch raises."""
-    target = folder() / f"{fingerprint(model)}.pt2"
+    target = path_of(model)
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     some, few = torch.export.Dim("rows", min=1, max=MAX_ROWS), torch.export.Dim("kept", min=1, max=MAX_ROWS)
     example = [torch.zeros(1, 5, dtype=torch.int64), torch.arange(5)[None], torch.arange(3), handle]
@@ -145,4 +150,4 @@ def compile(model: NativeModel, handle: Tensor) -> Graph:
             program, package_path=str(Path(scratch) / "step.pt2"), inductor_configs=dict(_INDUCTOR)
         )
         os.replace(made, target)
-    return Graph(target, model)
+    return Graph(target, tensors(model))

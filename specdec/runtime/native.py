@@ -136,7 +136,23 @@ def _stock_products(modules: Iterable[nn.Module]) -> list[str]:
     return sorted({type(module).__name__ for module in modules if _is_stock(module)})
 
 
-class NativeModel(nn.Module):
+class Exposing:
+    """Gives some hidden states of all rows beside the logits: `hidden`, by their index."""
+
+    hidden: tuple[int, ...] = ()
+
+    def hidden_rows(self, wanted: Sequence[int], exposed: Sequence[Tensor]) -> Tensor | None:
+        """Of the `exposed` states that a call gave, those wanted, side by side: `[M, W]`. None when none is wanted."""
+        if not wanted:
+            return None
+        missing = [i for i in wanted if i not in self.hidden]
+        if missing:
+            raise InputError(f"hidden state {missing[0]} was not announced: call backend.expose({list(wanted)}) first")
+        parts = [exposed[self.hidden.index(i)] for i in wanted]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+class NativeModel(Exposing, nn.Module):
     """Steps of a model by our own kernels, those for the CPU unless others are given.
 
     `forward(tokens [1, M], positions [1, M], rows [L], handle [1])` gives the logits `[L, V]` of the rows asked for,
@@ -179,16 +195,6 @@ class NativeModel(nn.Module):
         before = self.hidden
         self.hidden = tuple(sorted({*before, *hidden}))
         return self.hidden != before
-
-    def hidden_rows(self, wanted: Sequence[int], exposed: Sequence[Tensor]) -> Tensor | None:
-        """Of the `exposed` states that a call gave, those wanted, side by side: `[M, W]`. None when none is wanted."""
-        if not wanted:
-            return None
-        missing = [i for i in wanted if i not in self.hidden]
-        if missing:
-            raise InputError(f"hidden state {missing[0]} was not announced: call backend.expose({list(wanted)}) first")
-        parts = [exposed[self.hidden.index(i)] for i in wanted]
-        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def forward(
         self, tokens: Tensor, positions: Tensor, rows: Tensor, handle: Tensor, inputs: Tensor | None = None

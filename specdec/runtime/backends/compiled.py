@@ -1,16 +1,10 @@
-"""The compiled backend: native kernels under one ahead-of-time graph for any number of rows and sequences.
-
-Shape suffixes: M rows of one step, V vocabulary, W width of hidden states.
-"""
+"""The compiled backend: native kernels under one ahead-of-time graph for any number of rows and sequences."""
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,11 +14,11 @@ from typing_extensions import Self
 from specdec.errors import BackendWarning, InputError, UnsupportedModelError
 from specdec.kernels import ops
 from specdec.runtime import graph
-from specdec.runtime.backend import Backend, Capabilities, Step, StepResult, stored_as
+from specdec.runtime.backend import stored_as
 from specdec.runtime.backends.eager import EagerBackend
-from specdec.runtime.cache import bucket
 from specdec.runtime.check import DRAFT_TOLERANCE, TOLERANCE, apart, check_step, compare
 from specdec.runtime.native import NativeModel, unsupported
+from specdec.runtime.opened import NativeBackend, Opened
 from specdec.runtime.worker import Worker
 
 COMPILE = ("auto", "now", "never")
@@ -33,16 +27,14 @@ COMPILE = ("auto", "now", "never")
 SECONDS_BEFORE = 30.0
 
 
-class _Shared:
-    """What all sequences of one opened model share."""
+class _Shared(Opened):
+    """A loaded model on the kernels, with the graph that it has or will have."""
 
     def __init__(self, model: Any, stock: EagerBackend, when: str, only_drafts: bool = False):
+        self.native = NativeModel(model)
+        super().__init__(self.native, stock.capabilities, len(self.native.windows), stock.kv_cache)
         self.stock, self.when = stock, when
         self.tolerance = DRAFT_TOLERANCE if only_drafts else TOLERANCE[stock.capabilities.dtype]
-        self.native = NativeModel(model)
-        self.steps = ops.steps()
-        self.handle: Tensor = self.steps.handle()
-        self.lock = threading.Lock()
         self.graph: graph.Graph | None = None
         self.worker: Worker | None = None
         self.failure: str | None = None
@@ -52,20 +44,8 @@ class _Shared:
         # Bits differ between the graph and the model's own Python: it comes by itself only where tokens hardly notice.
         self.may_switch = only_drafts or stock.capabilities.dtype in (torch.float32, torch.float64)
 
-    def slots(self) -> Any:
-        """Of a new sequence."""
-        return ops.slots(len(self.native.windows), self.stock.kv_cache)
-
-    def exact_slots(self) -> Any:
-        """For comparisons: a difference in the last bit can move a stored code by a whole step."""
-        return ops.slots(len(self.native.windows))
-
-    def run(self, tokens: Tensor, positions: Tensor, rows: Tensor, inputs: Tensor | None) -> Sequence[Tensor]:
-        """Logits `[L, V]`, then the exposed hidden states, `[M, W]` each."""
-        given = [tokens[None], positions[None], rows, self.handle]
-        if inputs is not None:
-            given.append(inputs[None])
-        if self.graph is not None and len(tokens) <= graph.MAX_ROWS:
+    def call(self, given: list[Tensor]) -> Sequence[Tensor]:
+        if self.graph is not None and given[0].shape[1] <= graph.MAX_ROWS:
             return self.graph(*given)
         started = time.perf_counter()
         out: tuple[Tensor, ...] = self.native(*given)
@@ -73,7 +53,7 @@ class _Shared:
         return out
 
     def expose(self, hidden: Sequence[int]) -> None:
-        """Return these hidden states too from now on. A graph without them is given up for one that has them."""
+        """A graph without them is given up for one that has them."""
         with self.lock:
             if not self.native.expose(hidden):
                 return
@@ -138,7 +118,7 @@ class _Shared:
             )
 
 
-class CompiledBackend(Backend):
+class CompiledBackend(NativeBackend):
     """Steps on native kernels, compiled ahead of time when that pays.
 
     `compile`: "auto" takes a graph that is there already and makes one, in the background, once enough time went into
@@ -150,12 +130,8 @@ class CompiledBackend(Backend):
     """
 
     def __init__(self, shared: _Shared, slots: Any = None):
+        super().__init__(shared, slots)
         self._shared = shared
-        self._slots = slots if slots is not None else shared.slots()
-
-    @property
-    def _capacity(self) -> int:
-        return int(self._slots.capacity())
 
     @classmethod
     def open(cls, model: Any, **options: Any) -> Self:
@@ -195,18 +171,6 @@ class CompiledBackend(Backend):
         )
 
     @property
-    def capabilities(self) -> Capabilities:
-        return self._shared.stock.capabilities
-
-    @property
-    def family(self) -> object:
-        return self._shared
-
-    @property
-    def kv_cache(self) -> str | None:
-        return self._shared.stock.kv_cache
-
-    @property
     def numerics(self) -> str:
         return "fast" if self._shared.native.stock else "invariant"
 
@@ -217,76 +181,24 @@ class CompiledBackend(Backend):
         stock = f", stock products in {', '.join(self._shared.native.stock)}" if self._shared.native.stock else ""
         return f"native kernels ({ops.isa()}), {kind}{stock}{stored_as(self.kv_cache)}"
 
+    def package(self) -> tuple[NativeModel, graph.Graph]:
+        """The step as a graph, found or compiled now, and the module that it was made of: `graph.path_of` names the file.
+
+        Raises `UnsupportedModelError` when it cannot be compiled, or gives other logits.
+        """
+        shared = self._shared
+        try:
+            made = graph.find(shared.native) or graph.compile(shared.native, shared.handle)
+            shared.take(made)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            name = type(shared.native.model).__name__
+            raise UnsupportedModelError(f"the step of {name} could not be compiled: {first}") from error
+        return shared.native, made
+
     def warmup(self) -> None:
         if self._shared.graph is None:
             self._shared.compile()
 
     def expose(self, hidden: Sequence[int]) -> None:
         self._shared.expose(hidden)
-
-    def forward(self, step: Step) -> StepResult:
-        return type(self).forward_many([self], [step])[0]
-
-    @classmethod
-    @torch.inference_mode()
-    def forward_many(cls, backends: Sequence[Self], steps: Sequence[Step]) -> list[StepResult]:
-        """Rows of several sequences in one call of the model; each attends to its own slots."""
-        shared = backends[0]._shared
-        with shared.lock:
-            shared.steps.clear()
-            for backend, step in zip(backends, steps, strict=True):
-                backend._place(step)
-            if len(steps) == 1:
-                tokens, positions = steps[0].tokens, steps[0].positions
-                rows = _last_rows(len(tokens), steps[0].num_logits)
-            else:
-                tokens, positions = (torch.cat([getattr(s, name) for s in steps]) for name in ("tokens", "positions"))
-                rows = _rows_of(tuple((s.num_rows, s.num_logits) for s in steps))
-            inputs = None
-            if shared.native.input_width:
-                given = [step.inputs_MW for step in steps if step.inputs_MW is not None]
-                inputs = torch.cat(given) if len(given) > 1 else given[0]
-            logits, *exposed = shared.run(tokens, positions, rows, inputs)
-            states = [h.split([s.num_rows for s in steps]) for h in exposed]
-            # Still locked: another thread may expose other states, which then come in another order.
-            hidden = [shared.native.hidden_rows(step.hidden, [h[i] for h in states]) for i, step in enumerate(steps)]
-        parts = logits.split([s.num_logits for s in steps]) if len(steps) > 1 else (logits,)
-        return [StepResult(part, rows) for part, rows in zip(parts, hidden, strict=True)]
-
-    def _place(self, step: Step) -> None:
-        """Name this sequence's rows and slots to the next call."""
-        if step.end > self._capacity:
-            self._slots.reserve(bucket(step.end, max(self.capabilities.context, step.end)))
-        self._shared.steps.add(
-            self._slots, step.start, step.num_rows, step.prefix, step.block_MB, step.block_positions_B
-        )
-
-    def gather(self, slots: Sequence[int], start: int) -> None:
-        self._slots.gather(list(slots), start)
-
-    def fork(self, length: int) -> Self:
-        if length == 0:
-            self._shared.adopt()
-            return type(self)(self._shared)
-        return type(self)(self._shared, self._slots.fork(length))
-
-    def on_slots_of(self, other: Backend) -> Self:
-        if not isinstance(other, CompiledBackend) or other._slots.num_layers() != self._slots.num_layers():
-            return super().on_slots_of(other)
-        return type(self)(self._shared, other._slots)
-
-    @property
-    def num_bytes(self) -> int:
-        return int(self._slots.num_bytes())
-
-
-@lru_cache(maxsize=4096)
-def _last_rows(count: int, wanted: int) -> Tensor:
-    return torch.arange(count - wanted, count)
-
-
-@lru_cache(maxsize=4096)
-def _rows_of(sizes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Which rows of a packed step have logits: the last of each sequence's."""
-    ends = list(accumulate(count for count, _ in sizes))
-    return torch.cat([torch.arange(end - wanted, end) for end, (_, wanted) in zip(ends, sizes, strict=True)])
