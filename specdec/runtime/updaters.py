@@ -62,7 +62,7 @@ def rooms_of(layers: Sequence[Sequence[int]], num_slots: int) -> tuple[Room, ...
 
 @dataclass
 class Copied:
-    """What an updater has done so far."""
+    """What updaters have done so far: those of all texts of a program count together."""
 
     rows: int = 0
     num_bytes: int = 0
@@ -77,7 +77,7 @@ class Updater(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, rooms: Sequence[Room], dtype: torch.dtype):
+    def __init__(self, rooms: Sequence[Room], dtype: torch.dtype, copied: Copied | None = None):
         sizes = {room.num_slots for room in rooms}
         if len(sizes) != 1:
             raise InputError(f"keys and values of one graph have one number of slots, not {sorted(sizes)}")
@@ -85,7 +85,7 @@ class Updater(ABC):
         self.num_slots: int = sizes.pop()
         self.length = 0
         self.buffers = [torch.zeros(self.elements(room), dtype=dtype) for room in self.rooms]
-        self.copied = Copied()
+        self.copied = copied if copied is not None else Copied()
 
     @staticmethod
     @abstractmethod
@@ -146,7 +146,6 @@ class Updater(ABC):
     def duplicate(self) -> Self:
         twin = copy.copy(self)
         twin.buffers = [buffer.clone() for buffer in self.buffers]
-        twin.copied = Copied()
         return twin
 
     @property
