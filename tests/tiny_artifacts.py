@@ -1,4 +1,4 @@
-"""Small models as ExecuTorch artefacts: exported once per machine and kept, since lowering takes half a minute."""
+"""Small models as artefacts: exported once per machine and kept, since some backends take half a minute for one."""
 
 from __future__ import annotations
 
@@ -19,22 +19,41 @@ import torch
 from tiny_text import TEXT_VOCAB, byte_tokenizer
 
 import specdec.export
+from specdec import registry
+from specdec.export.aoti import AotiOptions
 from specdec.export.executorch import ExecutorchOptions
+from specdec.export.openvino import OpenvinoOptions
+from specdec.export.options import Options
+from specdec.kernels import ops
 
 #: Narrow graphs and a small context, so that steps are cut and contexts end.
 SMALL = ExecutorchOptions(prefill_len=8, k=(0, 3), max_seq_len=96, max_nodes=16, hidden=(0, 1, 2))
 
 
+#: The same of other backends.
+OF_OTHERS: dict[str, Options] = {
+    "aoti": AotiOptions(max_seq_len=96, hidden=(0, 1, 2)),
+    "openvino": OpenvinoOptions(prefill_len=8, k=(0, 3), max_seq_len=96, max_nodes=16, hidden=(0, 1, 2)),
+}
+
+
+def needs(backend: str) -> None:
+    """Skip where what a backend is made of is not installed."""
+    if backend == "aoti":
+        if not ops.available():
+            pytest.skip(str(ops.why_not()))
+    elif find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed: pip install 'specdec[{backend}]'")
+
+
 def needs_executorch() -> None:
-    """Skip where the extra is not installed."""
-    if find_spec("executorch") is None:
-        pytest.skip("executorch is not installed: pip install 'specdec[executorch]'")
+    needs("executorch")
 
 
-def _folder() -> Path:
+def _folder(backend: str) -> Path:
     """Of artefacts made by this very code."""
     code = hashlib.sha256()
-    for name in ("step", "executorch"):
+    for name in ("step", backend):
         code.update((Path(next(iter(specdec.export.__path__))) / f"{name}.py").read_bytes())
     return Path(tempfile.gettempdir()) / f"specdec-tests-{getpass.getuser()}" / code.hexdigest()[:12]
 
@@ -49,12 +68,12 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def export(model: Any, options: ExecutorchOptions = SMALL, **more: Any) -> Path:
+def export(model: Any, options: Options = SMALL, **more: Any) -> Path:
     """The artefact's folder; nobody may write to it."""
-    needs_executorch()
+    needs(options.backend)
     from specdec.export.artifact import export as make
 
-    folder = _folder()
+    folder = _folder(options.backend)
     before = os.environ.get("SPECDEC_CACHE")
     os.environ["SPECDEC_CACHE"] = str(folder)
     try:
@@ -72,16 +91,15 @@ def model() -> Any:
     return tiny_models.tiny("mistral", dtype=torch.float32, vocab_size=TEXT_VOCAB)
 
 
-def exported() -> Path:
+def exported(backend: str = "executorch") -> Path:
     """`model()` with its tokenizer."""
-    return export(model(), tokenizer=byte_tokenizer())
+    return export(model(), OF_OTHERS.get(backend, SMALL), tokenizer=byte_tokenizer())
 
 
 @cache
-def opened() -> Any:
+def opened(backend: str = "executorch") -> Any:
     """The backend on `model()`; every test forks its own."""
-    needs_executorch()
+    needs(backend)
     from specdec.export.artifact import ArtifactModel
-    from specdec.runtime.backends.executorch import ExecutorchBackend
 
-    return ExecutorchBackend.open(ArtifactModel.open(exported()))
+    return registry.find("backend", backend).open(ArtifactModel.open(exported(backend)))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from specdec.export.options import Options
 
 # Flags that only some backends know, as fields of their options.
-_OWN = ("attention", "delegate", "kv", "recipe")
+_OWN = ("attention", "delegate", "device", "kv", "recipe")
 
 _EXAMPLES = """\
 examples:
@@ -47,23 +47,26 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "target", nargs="?", metavar="TARGET", help="hub id or folder (default: the embedded pair's target)"
     )
-    parser.add_argument("--backend", default="executorch", help="what will run the graphs (default: executorch)")
+    parser.add_argument(
+        "--backend", default="executorch",
+        help="what will run the graphs: executorch, openvino, aoti, qnn (default: executorch)",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="where to write (default: kept by key in the cache folder)")
     group = parser.add_argument_group("graphs")
     group.add_argument(
-        "--prefill-len", type=int, default=32, metavar="N",
+        "--prefill-len", type=int, metavar="N",
         help="rows of the graph that reads prompts; 1: none, the decode graph reads them (default: 32)",
     )  # fmt: skip
     group.add_argument(
-        "--k", type=options.whole_numbers, default=(0, 3, 6), metavar="K,K",
+        "--k", type=options.whole_numbers, metavar="K,K",
         help="drafted tokens per verification, a graph of k + 1 rows for each (default: 0,3,6)",
     )  # fmt: skip
-    group.add_argument("--max-seq-len", type=int, default=512, metavar="N", help="the context (default: 512)")
+    group.add_argument("--max-seq-len", type=int, metavar="N", help="the context (default: 512)")
     group.add_argument(
-        "--max-nodes", type=int, default=32, metavar="N", help="the largest tree that is verified (default: 32)"
+        "--max-nodes", type=int, metavar="N", help="the largest tree that is verified (default: 32)"
     )
     group.add_argument(
-        "--hidden", type=options.whole_numbers, default=(), metavar="I,I",
+        "--hidden", type=options.whole_numbers, metavar="I,I",
         help="hidden states that graphs return, for drafters that read them (eagle, medusa, parallel)",
     )  # fmt: skip
     own = parser.add_argument_group("what only some backends know")
@@ -75,6 +78,7 @@ def add_parser(subparsers: Any) -> None:
         "--delegate",
         help="executorch: who runs the products, xnnpack, portable, vulkan, coreml, openvino or qnn (default: xnnpack)",
     )
+    own.add_argument("--device", help="openvino: where the graph will run, CPU, GPU, GPU.1, NPU (default: CPU)")
     own.add_argument(
         "--kv",
         help="executorch: who writes keys and values, graph, host, or both: --kv-updater chooses (default: graph)",
@@ -141,9 +145,8 @@ def _given(arguments: argparse.Namespace) -> Options:
     from specdec.export.exporter import exporter
 
     kind = exporter(arguments.backend).options
-    common = ("prefill_len", "k", "max_seq_len", "max_nodes", "hidden")
-    own = {name: value for name in _OWN if (value := getattr(arguments, name)) is not None}
-    return kind.of({**{name: getattr(arguments, name) for name in common}, **own})
+    names = ("prefill_len", "k", "max_seq_len", "max_nodes", "hidden", *_OWN)
+    return kind.of({name: value for name in names if (value := getattr(arguments, name)) is not None})
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The compiled step of a model as a package of AOTInductor, with its weights and the kernels' library: no compiler later.
+"""The compiled step of a model as a package of AOTInductor, with its weights and kernels: no compiler is needed later.
 
 The graph is the one that the `compiled` backend makes: any number of rows, keys and values behind a handle, weights
 outside. A package is a shared library: whoever opens it runs its code.
@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.export.exporter import Exporter, Tell
+from specdec.export.exporter import Exporter, Stored, Tell
 from specdec.export.manifest import sha256_of
 from specdec.export.options import Method, Options
+from specdec.export.recipes import digest_of
 from specdec.export.step import StaticStep
 from specdec.kernels import build, ops
-from specdec.quant.methods import prepare_model
+from specdec.quant.methods import create, prepare_model
 from specdec.quant.recipe import Recipe
 from specdec.runtime import graph
 from specdec.runtime.backends.compiled import CompiledBackend
@@ -105,6 +106,22 @@ class AotiExporter(Exporter):
         if reason:
             raise UnsupportedModelError(f"{reason}; use --backend executorch or openvino")
 
+    def store(self, model: Any, options: AotiOptions, calibration_BT: Tensor | None = None) -> Stored | None:
+        if options.recipe is None:
+            return None
+        recipe = Recipe.of(options.recipe)
+        rounded = prepare_model(model, recipe, calibration_BT)
+        looks = calibration_BT is not None and create(recipe.method, recipe.options).needs
+        state = rounded.state_dict()
+        facts: dict[str, Any] = {
+            "recipe": recipe.to_dict(),
+            "notes": list(rounded.quantisation_notes),
+            "calibration": digest_of([calibration_BT]) if looks else None,
+            "sha256": digest_of([state[name] for name in sorted(state)]),
+        }
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in state.values()}
+        return Stored(rounded, facts, sum(held.values()))
+
     def step(self, model: Any, options: AotiOptions) -> StaticStep:
         return _Step(model, options)
 
@@ -112,13 +129,9 @@ class AotiExporter(Exporter):
         self, step: StaticStep, options: AotiOptions, contract: Mapping[str, Any], folder: Path, tell: Tell
     ) -> dict[str, Any]:
         assert isinstance(step, _Step)
-        (model,), seconds, started = step.source, {}, time.perf_counter()
-        if options.recipe is not None:
-            tell(f"rounding weights to {options.recipe}")
-            model = prepare_model(model, options.recipe)
-            seconds["round"], started = time.perf_counter() - started, time.perf_counter()
+        seconds, started = {}, time.perf_counter()
         tell("compiling the step")
-        backend = CompiledBackend.open(model, compile="never")
+        backend = CompiledBackend.open(step.source[0], compile="never")
         backend.expose(options.hidden)
         native, made = backend.package()
         seconds["compile"], started = time.perf_counter() - started, time.perf_counter()

@@ -232,6 +232,7 @@ def _write(
     started, made_by = time.perf_counter(), exporter(options.backend)
     with folders.aside(target) as made:
         about = made_by.lower(step, options, contract, made, tell)
+        program_bytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
         model.config.save_pretrained(made)
         if model.can_generate():
             model.generation_config.save_pretrained(made)
@@ -243,7 +244,7 @@ def _write(
             save_file({"tokens": calibration_BT.to(torch.int32).contiguous()}, made / CALIBRATION)
         files = listed(made)
         sizes |= {
-            "program_bytes": files[made_by.program]["bytes"],
+            "program_bytes": program_bytes,
             "weight_bytes": sum(p.nbytes for p in model.parameters()),
             "slot_bytes": step.bytes_per_token * (options.num_slots + 1),
         }

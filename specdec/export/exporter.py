@@ -18,7 +18,9 @@ from specdec.export.step import StaticStep
 
 #: Where each backend's exporter stands. Imported when it is wanted: most need a package that is an extra.
 EXPORTERS = {
+    "aoti": "specdec.export.aoti:AotiExporter",
     "executorch": "specdec.export.executorch:ExecutorchExporter",
+    "openvino": "specdec.export.openvino:OpenvinoExporter",
     "qnn": "specdec.export.qnn:QnnExporter",
 }
 #: Told what is going on.

@@ -60,7 +60,7 @@ def installed_version() -> str:
 
 
 class _Opened(nn.Module):
-    """The step with what its slots hold as arguments and results, `[1, S, K, D]` each: they become the graph's state."""
+    """The step with what its slots hold as arguments and results, `[1, S, K, D]` each: they become its state."""
 
     def __init__(self, step: StaticStep):
         super().__init__()

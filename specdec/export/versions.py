@@ -23,5 +23,7 @@ def tried(package: str, known: Mapping[str, Sequence[str]], message: str) -> str
     release, torch_release = (".".join(v.split("+")[0].split(".")[:2]) for v in (version, torch.__version__))
     if torch_release not in known.get(release, ()):
         pairs = "; ".join(f"{package} {name} with torch {', '.join(those)}" for name, those in known.items())
-        raise InputError(f"{package} {version} with torch {torch.__version__} was never tried with specdec: use {pairs}")
+        raise InputError(
+            f"{package} {version} with torch {torch.__version__} was never tried with specdec: use {pairs}"
+        )
     return version

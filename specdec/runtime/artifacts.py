@@ -124,16 +124,8 @@ class ArtifactBackend(Backend):
 
     @classmethod
     def open(cls, model: Any, **options: Any) -> Self:
-        if not isinstance(model, ArtifactModel):
-            raise UnsupportedModelError(
-                f"the {cls.name} backend runs exported artefacts, not a loaded {type(model).__name__}: export it once, "
-                f"`specdec export TARGET --backend {cls.name} --out DIR`, then use DIR in place of the model"
-            )
-        if model.specdec_backend != cls.name:
-            raise UnsupportedModelError(
-                f"{model.folder} is an artefact for the {model.specdec_backend} backend, not for {cls.name}"
-            )
-        return cls(cls.load(model, **{**model.runtime_options, **options}))
+        artifact = check_artifact(model, cls.name)
+        return cls(cls.load(artifact, **{**artifact.runtime_options, **options}))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -159,10 +151,7 @@ class ArtifactBackend(Backend):
         return f"{self._program.describes}, graphs of {widths} rows, {self._program.options.max_seq_len} positions"
 
     def expose(self, hidden: Sequence[int]) -> None:
-        lacking = self.capabilities.lacks(hidden=hidden)
-        if lacking is not None:
-            wanted = ",".join(map(str, sorted({*hidden, *self._program.options.hidden})))
-            raise InputError(f"this artefact {lacking}; export it with --hidden {wanted}")
+        check_exposed(self.capabilities, hidden)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> StepResult:
@@ -247,6 +236,28 @@ class ArtifactBackend(Backend):
     @property
     def num_bytes(self) -> int:
         return self._program.slot_bytes if self._program.holds(self) else 0
+
+
+def check_artifact(model: Any, name: str) -> ArtifactModel:
+    """Raise `UnsupportedModelError` for what is no artefact, or one for another backend than the one of that name."""
+    if not isinstance(model, ArtifactModel):
+        raise UnsupportedModelError(
+            f"the {name} backend runs exported artefacts, not a loaded {type(model).__name__}: export it once, "
+            f"`specdec export TARGET --backend {name} --out DIR`, then use DIR in place of the model"
+        )
+    if model.specdec_backend != name:
+        raise UnsupportedModelError(
+            f"{model.folder} is an artefact for the {model.specdec_backend} backend, not for {name}"
+        )
+    return model
+
+
+def check_exposed(capabilities: Capabilities, hidden: Sequence[int]) -> None:
+    """Raise `InputError` for hidden states that an artefact was exported without."""
+    lacking = capabilities.lacks(hidden=hidden)
+    if lacking is not None:
+        wanted = ",".join(map(str, sorted({*hidden, *(capabilities.hidden or ())})))
+        raise InputError(f"this artefact {lacking}; export it with --hidden {wanted}")
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

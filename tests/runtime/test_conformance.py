@@ -7,7 +7,7 @@ cannot do it has to say in its capabilities, or to refuse in an `InputError`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -47,11 +47,16 @@ def _cuda(model: Any) -> Backend:
     return registry.find("backend", "cuda").open(model, kernels="twin")
 
 
+def _artifact(name: str, model: Any) -> Backend:
+    backend: Backend = tiny_artifacts.opened(name)
+    return backend
+
+
 #: How a backend is opened here; a third party's is opened as users do.
 OPEN: dict[str, Callable[[Any], Backend]] = {
     "compiled": _compiled,
     "cuda": _cuda,
-    "executorch": lambda model: tiny_artifacts.opened(),
+    **{name: partial(_artifact, name) for name in ("aoti", "executorch", "openvino")},
 }
 
 
@@ -98,7 +103,7 @@ def counts(capabilities: Capabilities) -> list[int]:
 
 
 def test_every_backend_is_opened_here() -> None:
-    assert {"eager", "compiled", "cuda", "executorch"} <= set(BACKENDS)
+    assert {"aoti", "eager", "compiled", "cuda", "executorch", "openvino"} <= set(BACKENDS)
 
 
 def test_the_report_is_that_of_the_model(backend: Backend, stock: Backend) -> None:

@@ -182,7 +182,7 @@ class CompiledBackend(NativeBackend):
         return f"native kernels ({ops.isa()}), {kind}{stock}{stored_as(self.kv_cache)}"
 
     def package(self) -> tuple[NativeModel, graph.Graph]:
-        """The step as a graph, found or compiled now, and the module that it was made of: `graph.path_of` names the file.
+        """The step as a graph, found or compiled now, and the module it was made of; `graph.path_of` names the file.
 
         Raises `UnsupportedModelError` when it cannot be compiled, or gives other logits.
         """
