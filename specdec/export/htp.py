@@ -68,10 +68,12 @@ def _devices() -> tuple[Any, ...]:
     return devices
 
 
-def session(graph: Path, soc: Soc, more: Mapping[str, str], provider: Mapping[str, str]) -> Any:
+def session(
+    graph: Path, soc: Soc, entries: Mapping[str, str] | None = None, provider: Mapping[str, str] | None = None
+) -> Any:
     """An `onnxruntime.InferenceSession` of an ONNX file, all of it on the HTP: what the HTP cannot do is refused.
 
-    `more`: entries of the session's configuration; `provider`: options of the QNN provider.
+    `entries`: of the session's configuration; `provider`: options of the QNN provider.
     Raises `UnsupportedModelError` with the compiler's words.
     """
     import onnxruntime
@@ -79,7 +81,7 @@ def session(graph: Path, soc: Soc, more: Mapping[str, str], provider: Mapping[st
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # failures are raised
-    for name, value in {"session.disable_cpu_ep_fallback": "1", **more}.items():
+    for name, value in {"session.disable_cpu_ep_fallback": "1", **(entries or {})}.items():
         options.add_session_config_entry(name, value)
     given = {
         "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
@@ -87,13 +89,15 @@ def session(graph: Path, soc: Soc, more: Mapping[str, str], provider: Mapping[st
         "htp_arch": str(soc.arch),
         "enable_htp_fp16_precision": "1",
         "offload_graph_io_quantization": "0",  # the graph's own edges too: nothing is left to the CPU
-        **provider,
+        **(provider or {}),
     }
     options.add_provider_for_devices(list(_devices()), given)
     try:
         return onnxruntime.InferenceSession(str(graph), options)
     except Exception as error:  # the bindings raise classes of their own, which have no common base
-        raise UnsupportedModelError(f"{graph.name} does not run on the HTP of {soc.name} as a whole: {error}") from error
+        raise UnsupportedModelError(
+            f"{graph.name} does not run on the HTP of {soc.name} as a whole: {error}"
+        ) from error
 
 
 def compile_together(graphs: Mapping[str, Path], soc: Soc, folder: Path, seconds: dict[str, float]) -> dict[str, Path]:

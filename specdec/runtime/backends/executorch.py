@@ -2,8 +2,6 @@
 
 A program's own slots hold one text's keys and values: where texts take turns, they are exchanged. Graphs that are given
 keys and values leave them to the host, each text's to an updater of its own, and nothing is exchanged.
-
-Shape suffixes: T rows of a graph, S slots.
 """
 
 from __future__ import annotations
@@ -25,7 +23,8 @@ from specdec.export.manifest import ArtifactError
 from specdec.export.options import Method
 from specdec.export.step import HIDDEN
 from specdec.runtime.artifacts import ArtifactBackend, Inputs, Program
-from specdec.runtime.updaters import HOST_UPDATERS, SCATTER, UPDATERS, HostSlots, SmartMask, Updater, rooms_of
+from specdec.runtime.hosted import HostProgram
+from specdec.runtime.updaters import HOST_UPDATERS, SCATTER, UPDATERS, SmartMask, Updater
 
 
 class _Loaded(Program):
@@ -117,51 +116,19 @@ class _Owning(_Loaded):
         return self.call(method.name, inputs.all)
 
 
-class _Given(_Loaded):
-    """A text's `state` is its `HostSlots`, None until it has written any."""
+class _Given(HostProgram, _Loaded):
+    """Graphs that are given keys and values."""
 
     def __init__(self, model: ArtifactModel, updater: type[Updater]):
         super().__init__(model, [executorch.host_graph(m) for m in model.manifest.options.methods])
-        self.updater = updater
-        self._rooms = rooms_of(model.manifest.model["slots"], self.options.num_slots)
-        slots, kinds = self.options.num_slots, len(self.kinds)
-        self._masks = {
-            m.name: [torch.empty(m.width, slots + m.width, dtype=model.dtype) for _ in range(kinds)]
-            for m in self.methods
-        }
+        self.prepare(updater)
 
     @property
     def describes(self) -> str:
         return f"{super().describes}, {self.updater.name}"
 
-    @property
-    def slot_bytes(self) -> int:
-        return sum(self.updater.elements(room) for room in self._rooms) * self.slot_dtype.itemsize
-
-    def duplicate(self, text: ArtifactBackend) -> HostSlots | None:
-        return text.state.duplicate() if text.state is not None else None
-
-    def gather(self, text: ArtifactBackend, slots: Sequence[int], start: int) -> bool:
-        text.state.gather(slots, start)
-        return True
-
-    def execute(self, text: ArtifactBackend, method: Method, inputs: Inputs, count: int) -> tuple[Tensor, ...]:
-        if text.state is None:
-            text.state = HostSlots(self.updater(self._rooms, self.slot_dtype))
-        slots: HostSlots = text.state
-        start = int(inputs.slots[0])  # the text's slots stand in order
-        held, columns = slots.show(start), slots.updater.columns
-        masks = self._masks[method.name]
-        for mask, wanted_TS in zip(masks, inputs.masks, strict=True):
-            mask.fill_(HIDDEN)
-            mask[:count, columns] = wanted_TS[:count, :start]
-            own = self.options.num_slots
-            mask[:count, own : own + count] = wanted_TS[:count, start : start + count]
-        numbers = [tensor.to(torch.int32) for tensor in (inputs.tokens, inputs.positions, *inputs.row)]
-        out = self.call(executorch.host_graph(method), (*numbers, *masks, *held))
-        given, new = out[: -len(self._rooms)], out[-len(self._rooms) :]
-        slots.keep(start, count, new)
-        return given
+    def run_graph(self, method: Method, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.call(executorch.host_graph(method), inputs)
 
 
 _loaded: weakref.WeakSet[_Loaded] = weakref.WeakSet()
