@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "train": "train a drafter for a target",
     "export": "a model as ahead-of-time graphs that run without its weights",
+    "verify-backend": "does an artefact say what its model says?",
     "quantize": "store a model's weights in fewer bits",
     "tree": "fit a draft tree to a pair and this machine",
     "vocab": "choose the tokens that a draft predicts",
@@ -72,7 +73,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         if name != command:
             subparsers.add_parser(name, help=text)
             continue
-        importlib.import_module(f"specdec.cli.{name}").add_parser(subparsers)
+        importlib.import_module(f"specdec.cli.{name.replace('-', '_')}").add_parser(subparsers)
         if "--debug" not in subparsers.choices[name]._option_string_actions:
             # SUPPRESS: `specdec --debug compare` is not undone by the command's own default.
             subparsers.choices[name].add_argument(

@@ -77,7 +77,7 @@ def speculative(
     new_tokens: int,
     told: Callable[[str], None],
 ) -> Identity:
-    """Texts with the decoder's own drafter, greedy and at temperature 1, which should be its plain ones; none at k 0."""
+    """Texts with the decoder's own drafter, greedy and at temperature 1, that should be its plain ones; none at k 0."""
     found, accepted, proposed = Identity(k=k), 0, 0
     if not k:
         return found

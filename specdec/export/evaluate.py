@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from specdec.export.exporter import exporter
 from specdec.policy import Fixed
 from specdec.runtime.backend import Backend
 from specdec.runtime.session import Session
+from specdec.train import stdlib
+from specdec.train.data import encode, pack, read_texts
 from specdec.tree import TokenTree
 
 FULL, ROUNDED, ARTIFACT = "full precision", "rounded, in torch", "artefact"
@@ -129,6 +132,20 @@ def rounded_again(artifact: ArtifactModel, target: Any) -> tuple[Any, list[str]]
         f"rounding the model again gives other weights here ({found[:12]}…, in the artefact {said[:12]}…): another "
         "machine or version made it; read the rounded phase as a neighbour"
     ]
+
+
+def held_out_rows(text: Path | None, tokenizer: Any, rows: int, length: int, seed: int = 0) -> Tensor:
+    """Rows int64 `[R, T]` of a text or JSONL file, in random order; of None, of files of the standard library that
+    neither the embedded models nor the calibration text "stdlib" have seen. `InputError` without text for one row."""
+    if text is None:
+        texts = [document.text for document in stdlib.documents() if document.held_out]
+    else:
+        texts = read_texts(text)
+    found = pack(encode(texts, tokenizer), length).tokens_RL
+    if not len(found):
+        raise InputError(f"the text is too short for one row of {length} tokens; give more of it, or a smaller length")
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:rows]
+    return torch.from_numpy(found).long()[order]
 
 
 def apart(rows_RT: Tensor, calibration_BT: Tensor | None) -> Tensor:
