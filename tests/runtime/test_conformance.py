@@ -14,6 +14,7 @@ import pytest
 import tiny_artifacts
 import tiny_models
 import torch
+import torch_graphs
 from specdec.drafters import ModelDrafter
 from test_session_rows import Move, play
 
@@ -28,7 +29,9 @@ from specdec.runtime.session import Session
 from specdec.tree import TokenTree
 
 TOLERANCE = 1e-4  # of the largest logit: float32, and sums in another order
-BACKENDS = tuple(registry.available("backend"))
+#: Artefacts on graphs that torch runs, by who writes keys and values: what the host does is the same everywhere.
+IN_TORCH = ("scatter", "smart-mask", "shift-pointer")
+BACKENDS = (*registry.available("backend"), *IN_TORCH)
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
 #: Two branches, one of them with a fork of its own.
 TREE = TokenTree.of([9, 8, 7, 6, 5, 4], [-1, -1, 0, 1, 1, 4])
@@ -57,6 +60,7 @@ OPEN: dict[str, Callable[[Any], Backend]] = {
     "compiled": _compiled,
     "cuda": _cuda,
     **{name: partial(_artifact, name) for name in ("aoti", "executorch", "openvino")},
+    **{name: partial(torch_graphs.opened, updater=name) for name in IN_TORCH},
 }
 
 
