@@ -27,6 +27,7 @@ examples:
   specdec export --out target.artifact                        the embedded target
   specdec export org/model --prefill-len 32 --k 0,3,7 --max-seq-len 512 --out model.artifact
   specdec export org/draft --k 0,1 --out draft.artifact       a draft: one row, and two after full acceptance
+  specdec export --recipe w4a8-head8 --out small.artifact     weights of 4 bits, those of the output layer of 8
   specdec generate "def f(" --artifact model.artifact --drafter ngram
   specdec compare --artifact model.artifact --drafter-artifact draft.artifact
 
@@ -62,15 +63,22 @@ def add_parser(subparsers: Any) -> None:
         help="drafted tokens per verification, a graph of k + 1 rows for each (default: 0,3,6)",
     )  # fmt: skip
     group.add_argument("--max-seq-len", type=int, metavar="N", help="the context (default: 512)")
-    group.add_argument(
-        "--max-nodes", type=int, metavar="N", help="the largest tree that is verified (default: 32)"
-    )
+    group.add_argument("--max-nodes", type=int, metavar="N", help="the largest tree that is verified (default: 32)")
     group.add_argument(
         "--hidden", type=options.whole_numbers, metavar="I,I",
         help="hidden states that graphs return, for drafters that read them (eagle, medusa, parallel)",
     )  # fmt: skip
     own = parser.add_argument_group("what only some backends know")
-    own.add_argument("--recipe", metavar="NAME", help="how weights are stored (default: as they are)")
+    own.add_argument(
+        "--recipe", metavar="NAME",
+        help="how weights are stored (default: as they are); executorch: int8, w4a8, w4a8-head8, w4a8-head8-gptq, … "
+        "or a JSON file",
+    )  # fmt: skip
+    own.add_argument(
+        "--calibration", default="self", metavar="FILE",
+        help="text or JSONL that recipes with a method look at activations on; self: the model writes it (default); "
+        "stdlib: the source of the Python standard library. Never the text that the artefact is judged by",
+    )  # fmt: skip
     own.add_argument(
         "--attention", help="executorch: by its operators for language models, custom, or plain (default: custom)"
     )
@@ -133,6 +141,9 @@ def _show(console: Console, folder: str, manifest: Manifest) -> None:
             table.add_row(name, f"{method.width} rows{_covered(coverage.get(name))}")
     share = sizes["program_bytes"] / sizes["weight_bytes"]
     table.add_row("program", f"{sizes['program_bytes'] / 1e6:.1f} MB, {share:.2f} times the weights")
+    if "stored" in model:
+        layers = ", ".join(f"{count} layers in {name}" for name, count in model["stored"]["layers"].items())
+        table.add_row("weights", f"{layers}; {sizes['stored_bytes'] / 1e6:.1f} MB with embeddings and norms")
     table.add_row("keys, values", f"{sizes['slot_bytes'] / 1e6:.1f} MB for {given.max_seq_len} positions")
     table.add_row("made in", f"{manifest.about['total_seconds']:.0f} s")
     table.add_row("key", manifest.key)
@@ -147,6 +158,19 @@ def _given(arguments: argparse.Namespace) -> Options:
     kind = exporter(arguments.backend).options
     names = ("prefill_len", "k", "max_seq_len", "max_nodes", "hidden", *_OWN)
     return kind.of({name: value for name in names if (value := getattr(arguments, name)) is not None})
+
+
+def _calibration(
+    arguments: argparse.Namespace, given: Options, model: Any, tokenizer: Any, tell: Callable[[str], None]
+) -> Any:
+    """Tokens for a recipe that looks at activations; None for all others."""
+    from specdec.export import recipes
+    from specdec.quant.methods import calibration
+
+    if given.backend != "executorch" or given.recipe is None or not recipes.needs_text(given.recipe):
+        return None
+    tell("calibration text")
+    return calibration.tokens(arguments.calibration, model, tokenizer)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -164,7 +188,8 @@ def run(arguments: argparse.Namespace) -> int:
     with _stages(err) as tell:
         model = load_model(source, device="cpu", dtype="float32", trust_remote_code=arguments.trust_remote_code)
         tokenizer = load_tokenizer(source, arguments.trust_remote_code)
-        folder = export(model, given, tokenizer=tokenizer, out=arguments.out, tell=tell)
+        text = _calibration(arguments, given, model, tokenizer, tell)
+        folder = export(model, given, tokenizer=tokenizer, out=arguments.out, calibration_BT=text, tell=tell)
     manifest = Manifest.read(folder)
     _show(out, str(folder), manifest)
     screen.write_json(arguments.json, {**manifest.contract, "files": manifest.files, "about": manifest.about})

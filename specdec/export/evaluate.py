@@ -24,6 +24,7 @@ from specdec.export.artifact import CALIBRATION, ArtifactModel, model_hash
 from specdec.export.artifact_texts import Identity, Text
 from specdec.export.distance import LOGITS, Distance
 from specdec.export.exporter import exporter
+from specdec.export.options import Method
 from specdec.policy import Fixed
 from specdec.runtime.backend import Backend
 from specdec.runtime.session import Session
@@ -34,6 +35,8 @@ from specdec.tree import TokenTree
 FULL, ROUNDED, ARTIFACT = "full precision", "rounded, in torch", "artefact"
 # So many tokens in a row that also stand in the calibration text are no chance.
 _RUN = 32
+# Rows of steps where a graph takes any number of them.
+_ANY = (1, 8)
 
 #: Told of steps done, steps in all, and what is at hand.
 Told = Callable[[int, int, str], None]
@@ -199,6 +202,8 @@ class _Run:
         options = artifact.manifest.options
         self.rows_RT, self.hidden = rows_RT, options.hidden
         self.graphs = sorted((m for m in options.methods if not m.one_logit), key=lambda method: method.width)
+        if self.graphs[0].width > 1:  # one graph for steps of any width
+            self.graphs = [Method(f"{self.graphs[0].name} of {width} rows", width) for width in _ANY]
         self.prefill = [method for method in options.methods if method.one_logit]
         self.k = self.graphs[-1].width - 1
         self.reference = ROUNDED if ROUNDED in models else FULL
