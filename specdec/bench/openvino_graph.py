@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from specdec.export.openvino import make_stateful, name_ports, round_weights
+
 _NUM_FIXED_INPUTS = 3
-_GROUP = 64  # inputs that share a scale in 4 bits
 
 
 class _Joining(CacheLayerMixin):
@@ -83,7 +84,6 @@ def build_graph(model: Any) -> Any:
     """
     import openvino as ov
     from openvino import opset13 as ops
-    from openvino._offline_transformations import apply_make_stateful_transformation
 
     config = model.config
     heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
@@ -95,17 +95,10 @@ def build_graph(model: Any) -> Any:
     before = _names(config.num_hidden_layers, "past_key_values")
     after = _names(config.num_hidden_layers, "present")
     fixed = ["input_ids", "attention_mask", "position_ids"]
-    for port, name in zip(graph.inputs, fixed + before, strict=True):
-        port.get_tensor().set_names({name})
-        port.get_node().set_friendly_name(name)  # GenAI finds some inputs by this name
-        if name in fixed:
-            port.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
-            port.get_node().set_element_type(ov.Type.i64)
-        else:
-            port.get_node().set_partial_shape(ov.PartialShape([-1, heads, -1, size]))
-    for port, name in zip(graph.outputs, ["logits", *after], strict=True):
-        port.get_tensor().set_names({name})
-    graph.validate_nodes_and_infer_types()
+    for port in graph.inputs[:_NUM_FIXED_INPUTS]:
+        port.get_node().set_element_type(ov.Type.i64)
+    shapes = [[-1, -1]] * len(fixed) + [[-1, heads, -1, size]] * len(before)
+    name_ports(graph, fixed + before, ["logits", *after], shapes)
     order = ops.parameter([-1], ov.Type.i32, name="beam_idx")
     order.output(0).get_tensor().set_names({"beam_idx"})
     for port in graph.inputs[_NUM_FIXED_INPUTS:]:
@@ -114,7 +107,7 @@ def build_graph(model: Any) -> Any:
         for user in users:
             user.replace_source_output(reordered.output(0))
     graph.add_parameters([order])
-    apply_make_stateful_transformation(graph, dict(zip(before, after, strict=True)))
+    make_stateful(graph, before, after)
     _start_empty(graph, heads, size)
     return graph
 
@@ -132,49 +125,6 @@ def _start_empty(graph: Any, heads: int, size: int) -> None:
         if node.get_type_name() == "ReadValue":
             node.set_arguments([ops.broadcast(ops.constant(np.array(0, dtype=np.float32)), empty)])
     graph.validate_nodes_and_infer_types()
-
-
-def round_weights(graph: Any, weights: str) -> int:
-    """Store the matrices of all products in 8 bits (a scale per output) or 4 (a scale for 64 inputs); how many.
-
-    As OpenVINO's own tool writes them: unsigned codes, less their middle, times the scale.
-    """
-    import numpy as np
-    from openvino import opset13 as ops
-
-    bits, count = {"int8": 8, "int4": 4}[weights], 0
-    for node in graph.get_ordered_ops():
-        if node.get_type_name() != "MatMul" or node.input_value(1).get_node().get_type_name() != "Constant":
-            continue
-        constant = node.input_value(1).get_node()
-        weight = np.array(constant.data, dtype=np.float32)
-        if not node.get_attributes()["transpose_b"] or weight.ndim != 2:
-            continue
-        outputs, inputs = weight.shape
-        grouped = weight.reshape(outputs, -1, _GROUP if bits == 4 else inputs)
-        middle = 1 << (bits - 1)
-        scales = np.maximum(np.abs(grouped).max(-1, keepdims=True), 1e-30) / (middle - 1)
-        codes = (np.rint(grouped / scales) + middle).astype(np.uint8)
-        # The plugin reads weights as stored only where their middle is stored alike.
-        middles = np.full(scales.shape, middle, dtype=np.uint8)
-        stored, shift = (_four_bits(codes), _four_bits(middles)) if bits == 4 else map(ops.constant, (codes, middles))
-        shifted = ops.subtract(ops.convert(stored, "f32"), ops.convert(shift, "f32"))
-        shape = ops.constant(np.array([outputs, inputs], dtype=np.int64))
-        exact = ops.reshape(ops.multiply(shifted, ops.constant(scales)), shape, False)
-        node.input(1).replace_source_output(exact.output(0))
-        count += 1
-    graph.validate_nodes_and_infer_types()
-    return count
-
-
-def _four_bits(codes: Any) -> Any:
-    import openvino as ov
-    from openvino import opset13 as ops
-
-    pairs = codes.reshape(-1, 2)
-    stored = ov.Tensor(ov.Type.u4, ov.Shape(list(codes.shape)))  # has memory of its own, which the constant shares
-    stored.data.reshape(-1)[:] = pairs[:, 0] | pairs[:, 1] << 4
-    return ops.constant(stored)
 
 
 def convert(source: str, folder: str, weights: str | None) -> None:

@@ -261,7 +261,7 @@ def test_openvino_products_on_rounded_weights_are_near_the_exact_ones(weights, e
     ov = pytest.importorskip("openvino")
     from openvino import opset13 as ops
 
-    from specdec.bench.openvino_graph import round_weights
+    from specdec.export.openvino import round_weights
 
     noise = np.random.default_rng(0)
     weight, rows_of = noise.standard_normal((48, 128), np.float32), noise.standard_normal((3, 128), np.float32)
