@@ -214,6 +214,9 @@ class ExecutorchExporter(Exporter):
     def versions(self) -> dict[str, str]:
         return {"executorch": installed_version()}
 
+    def needs_text(self, options: ExecutorchOptions) -> bool:
+        return options.recipe is not None and recipes.needs_text(options.recipe)
+
     def store(self, model: Any, options: ExecutorchOptions, calibration_BT: Tensor | None = None) -> Stored | None:
         return recipes.quantise(model, options.recipe, calibration_BT) if options.recipe is not None else None
 

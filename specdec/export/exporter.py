@@ -46,6 +46,7 @@ class Exporter(ABC):
     options: ClassVar[type[Options]]
     program: ClassVar[str]  # the file without which a folder is no artefact of this backend
     dtype: ClassVar[torch.dtype] = torch.float32  # of the model that an export starts from
+    real_time: ClassVar[bool] = True  # whether graphs run here as fast as they will; an emulator's do not
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
@@ -69,6 +70,10 @@ class Exporter(ABC):
         bad = [i for i in options.hidden if not 0 <= i <= config.num_hidden_layers]
         if bad:
             raise InputError(f"hidden state {bad[0]}: the model has those from 0 to {config.num_hidden_layers}")
+
+    def needs_text(self, options: Any) -> bool:
+        """Whether the recipe looks at activations on a calibration text."""
+        return False
 
     def store(self, model: Any, options: Any, calibration_BT: Tensor | None = None) -> Stored | None:
         """The model as `options.recipe` stores it; None where weights stay as they are, or only the graphs round them.

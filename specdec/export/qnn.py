@@ -14,47 +14,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.export import htp, onnx_graphs
 from specdec.export.executorch import quietly
-from specdec.export.exporter import Exporter, Tell
+from specdec.export.exporter import Exporter, Stored, Tell
 from specdec.export.options import Options
 from specdec.export.qnn_quantise import HIDDEN_16, calibrate, feeds, quantise
+from specdec.export.recipes import digest_of
 from specdec.export.step import StaticStep
 from specdec.export.step_io import HIDDEN_HALF, IoStep
 from specdec.export.versions import tried
+from specdec.quant.methods.calibration import check_tokens
 
 #: What goes to the chip: the binary, and for each graph an ONNX file of one node that stands for it.
 DEVICE = "device"
 PROGRAM = f"{DEVICE}/model.bin"
 #: Weights and activations in half precision; weights in 8 or 4 bits with a scale per output, activations in 16.
 RECIPES = ("fp16", "w8a16", "w4a16")
+# Ranges settle soon.
+_MOST_ROWS = 16
 
 
 @dataclass(frozen=True)
 class QnnOptions(Options):
-    """`soc`: the chip, by a name of `htp.SOCS`.
-
-    `calibration_rows` and `calibration_length` are of the text that w8a16 and w4a16 find ranges on. The model writes it
-    by itself; nothing is judged by it.
-    """
+    """`soc`: the chip, by a name of `htp.SOCS`."""
 
     backend: ClassVar[str] = "qnn"
 
     recipe: str | None = "fp16"
     soc: str = "sm8650"
-    calibration_rows: int = 8
-    calibration_length: int = 96
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "recipe", self.recipe or "fp16")
         object.__setattr__(self, "soc", htp.soc_of(self.soc).name)
         self.check_recipe(RECIPES)
-        if self.calibration_rows < 1 or not 2 <= self.calibration_length <= self.max_seq_len:
-            raise InputError("calibration_rows is a whole number >= 1, calibration_length one from 2 to max_seq_len")
 
     @property
     def hidden_score(self) -> float:
@@ -71,6 +67,10 @@ class QnnExporter(Exporter):
     name = "qnn"
     options = QnnOptions
     program = PROGRAM
+    real_time = False
+
+    def __init__(self) -> None:
+        self._text_BT: Tensor | None = None
 
     def versions(self) -> dict[str, str]:
         found = {"onnxruntime-qnn": installed_version()}
@@ -81,10 +81,25 @@ class QnnExporter(Exporter):
                 raise InputError(f"an export for qnn needs the package {package}: {htp.MESSAGE}") from None
         return found
 
+    def needs_text(self, options: QnnOptions) -> bool:
+        return options.recipe != "fp16"
+
+    def store(self, model: Any, options: QnnOptions, calibration_BT: Tensor | None = None) -> Stored | None:
+        """Only the graphs are rounded, by ranges that are found on the text; the model stays as it is."""
+        if not self.needs_text(options):
+            return None
+        text_BT = check_tokens(calibration_BT, model, str(options.recipe))[:_MOST_ROWS, : options.max_seq_len]
+        self._text_BT = text_BT
+        weights = {
+            id(p): p.numel() for module in model.modules() if isinstance(module, nn.Linear) for p in [module.weight]
+        }
+        rest = sum(p.numel() for p in model.parameters() if id(p) not in weights)
+        facts = {"recipe": options.recipe, "calibration": digest_of([text_BT])}
+        return Stored(model, facts, sum(weights.values()) * _bits(options) // 8 + 2 * rest)
+
     def step(self, model: Any, options: QnnOptions) -> StaticStep:
         step = IoStep(model, options.num_slots, hidden=options.hidden)
-        if options.recipe != "fp16":
-            step.calibration_BT = _own_text(model, options)
+        step.calibration_BT = self._text_BT
         return step
 
     def lower(
@@ -117,12 +132,8 @@ class QnnExporter(Exporter):
         }
 
 
-def _own_text(model: Any, options: QnnOptions) -> Tensor:
-    """Calibration text, int64 `[B, T]`."""
-    from specdec.quant.methods import calibration
-
-    made = calibration.from_model(model, None, options.calibration_rows, options.calibration_length)
-    return calibration.check_tokens(made, model, str(options.recipe))
+def _bits(options: QnnOptions) -> int:
+    return 8 if options.recipe == "w8a16" else 4
 
 
 def _rounded(
@@ -132,7 +143,7 @@ def _rounded(
     import onnx
 
     assert step.calibration_BT is not None
-    bits = 8 if options.recipe == "w8a16" else 4
+    bits = _bits(options)
     widest = max((m for m in options.methods if not m.one_logit), key=lambda m: m.width)
     rounded: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as aside, quietly():
