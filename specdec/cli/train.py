@@ -101,15 +101,25 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--held-out", type=float, default=0.03, metavar="SHARE", help="of documents to judge by (default: 0.03)"
     )
-    group.add_argument("--self-generate", type=int, metavar="N", help="let the target write N texts to train on")
+    group.add_argument(
+        "--self-generate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="let the target write N texts to train on (default: %(default)s)",
+    )
     group.add_argument(
         "--prompt-tokens", type=int, default=64, metavar="N", help="of self-generated texts (default: 64)"
     )
     group.add_argument(
-        "--self-temperature", type=_numbers, default=(0.0, 1.0), metavar="0,1", help="taken in turns (default: 0,1)"
+        "--self-temperature", type=_numbers, default="0,1", metavar="0,1", help="taken in turns (default: %(default)s)"
     )
     group.add_argument(
-        "--text-share", type=float, default=0.5, metavar="SHARE", help="of --data's own text beside them (default: 0.5)"
+        "--text-share",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of --data's own text beside them (default: %(default)g)",
     )
 
 
@@ -198,14 +208,14 @@ def prepare_data(
         documents = data.read_documents(paths, arguments.held_out) if paths else []
         documents += stdlib.documents() if STDLIB in files else []
         source["files"] = [Path(path).name for path in files]
-    elif arguments.self_generate is not None:
+    elif arguments.self_generate:
         prompts = [prompt.text for prompt in read_prompts()]
         documents = [data.Document(text, i % 4 == 0) for i, text in enumerate(prompts)]
         source["files"], only_prompts = ["the built-in prompts"], True
     else:
         raise InputError("no text to train on: give --data FILE, or --self-generate N to let the target write it")
     kind.check_texts(document.text for document in documents if not document.held_out)
-    if arguments.self_generate is None:
+    if not arguments.self_generate:
         return data.packed(documents, tokenizer, arguments.length, arguments.seed, source)
     what = selfgen.SelfGeneration(
         arguments.self_generate,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,6 +39,17 @@ class MedusaObjective(Objective):
 
     kind = "medusa"
     layouts = layouts.LAYOUTS
+    # Heads are small and see one state: what the target itself writes teaches them most, step for step.
+    recommended: ClassVar[Mapping[str, Any]] = {
+        "lr": 3e-3,
+        "optimizer": "muon",
+        "judged_at": 0,
+        "precision": "auto",
+        "minutes": 40.0,
+        "self_generate": 512,
+        "self_temperature": "0",
+        "text_share": 0.0,
+    }
 
     def __init__(
         self,

@@ -169,7 +169,7 @@ def test_a_new_draft_has_the_shape_that_was_asked_for(folder, tmp_path, capsys):
         (("--length", "100000"), "too little text for one row of 100000 tokens"),
         (("--steps", "0"), "steps is a number above 0"),
         (("--batch", "100000"), "a step takes 100000 rows"),
-        (("--self-generate", "0"), "--self-generate is a number of texts >= 1"),
+        (("--self-generate", "-1"), "--self-generate is a number of texts >= 1"),
         (("--self-temperature", "hot"), "'hot' is not a list of numbers"),
         (("--loss", "l2"), "invalid choice: 'l2'"),
         (("--on-policy", "2"), "--on-policy is a share"),
