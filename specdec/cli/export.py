@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from specdec.export.manifest import Manifest
     from specdec.export.options import Options
 
+AUTO = "auto"
 # Flags that only some backends know, as fields of their options.
-_OWN = ("attention", "delegate", "device", "kv", "recipe")
+_OWN = ("attention", "delegate", "device", "kv", "recipe", "soc")
 
 _EXAMPLES = """\
 examples:
   specdec export --out target.artifact                        the embedded target
   specdec export org/model --prefill-len 32 --k 0,3,7 --max-seq-len 512 --out model.artifact
   specdec export org/draft --k 0,1 --out draft.artifact       a draft: one row, and two after full acceptance
+  specdec export org/model --k auto                           widths by what graphs cost on this machine
   specdec export --recipe w4a8-head8 --out small.artifact     weights of 4 bits, those of the output layer of 8
+  specdec export --backend qnn --soc sm8650 --k 0,7 --out phone.artifact      for the NPU of a Snapdragon 8 Gen 3
   specdec generate "def f(" --artifact model.artifact --drafter ngram
   specdec compare --artifact model.artifact --drafter-artifact draft.artifact
 
@@ -59,8 +62,9 @@ def add_parser(subparsers: Any) -> None:
         help="rows of the graph that reads prompts; 1: none, the decode graph reads them (default: 32)",
     )  # fmt: skip
     group.add_argument(
-        "--k", type=options.whole_numbers, metavar="K,K",
-        help="drafted tokens per verification, a graph of k + 1 rows for each (default: 0,3,6)",
+        "--k", type=_widths, metavar="K,K",
+        help="drafted tokens per verification, a graph of k + 1 rows for each; auto: as their costs propose, which are "
+        "measured here on the model's first layers (default: 0,3,6)",
     )  # fmt: skip
     group.add_argument("--max-seq-len", type=int, metavar="N", help="the context (default: 512)")
     group.add_argument("--max-nodes", type=int, metavar="N", help="the largest tree that is verified (default: 32)")
@@ -72,7 +76,7 @@ def add_parser(subparsers: Any) -> None:
     own.add_argument(
         "--recipe", metavar="NAME",
         help="how weights are stored (default: as they are); executorch: int8, w4a8, w4a8-head8, w4a8-head8-gptq, … "
-        "or a JSON file",
+        "or a JSON file; qnn: fp16, w8a16, w4a16",
     )  # fmt: skip
     own.add_argument(
         "--calibration", default="self", metavar="FILE",
@@ -91,6 +95,7 @@ def add_parser(subparsers: Any) -> None:
         "--kv",
         help="executorch: who writes keys and values, graph, host, or both: --kv-updater chooses (default: graph)",
     )
+    own.add_argument("--soc", metavar="NAME", help="qnn: the chip, such as sm8650 (Snapdragon 8 Gen 3; the default)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", metavar="FILE", help="write the manifest")
     parser.set_defaults(run=run)
@@ -151,23 +156,46 @@ def _show(console: Console, folder: str, manifest: Manifest) -> None:
     console.print(table)
 
 
+def _widths(text: str) -> tuple[int, ...] | str:
+    return text if text == AUTO else options.whole_numbers(text)
+
+
+def _proposed(model: Any, given: Options, text: Any, tell: Callable[[str], None], console: Console) -> Options:
+    """The options with the k that the costs of graphs propose, and a word on why."""
+    from dataclasses import replace
+
+    from specdec.export import widths
+
+    found = widths.propose(widths.measure_curve(model, given, tell, calibration_BT=text))
+    costs = ", ".join(f"{width}: {1e3 * seconds:.2f}" for width, seconds in found.curve.items())
+    console.print(f"rows: ms of a step   {costs}", markup=False, highlight=False)
+    best = ", ".join(f"{found.best(a)} at {a:.0%}" for a in widths.ACCEPTANCE)
+    console.print(
+        f"--k {','.join(map(str, found.k))}   {found.share:.0%} of the speed of graphs of every width; best k by "
+        f"acceptance: {best}",
+        markup=False,
+        highlight=False,
+    )
+    return replace(given, k=found.k)
+
+
 def _given(arguments: argparse.Namespace) -> Options:
     """Options of the chosen backend. Raises `InputError` for a flag that it does not know."""
     from specdec.export.exporter import exporter
 
     kind = exporter(arguments.backend).options
     names = ("prefill_len", "k", "max_seq_len", "max_nodes", "hidden", *_OWN)
-    return kind.of({name: value for name in names if (value := getattr(arguments, name)) is not None})
+    return kind.of({name: value for name in names if (value := getattr(arguments, name)) not in (None, AUTO)})
 
 
 def _calibration(
     arguments: argparse.Namespace, given: Options, model: Any, tokenizer: Any, tell: Callable[[str], None]
 ) -> Any:
     """Tokens for a recipe that looks at activations; None for all others."""
-    from specdec.export import recipes
+    from specdec.export.exporter import exporter
     from specdec.quant.methods import calibration
 
-    if given.backend != "executorch" or given.recipe is None or not recipes.needs_text(given.recipe):
+    if not exporter(given.backend).needs_text(given):
         return None
     tell("calibration text")
     return calibration.tokens(arguments.calibration, model, tokenizer)
@@ -189,6 +217,8 @@ def run(arguments: argparse.Namespace) -> int:
         model = load_model(source, device="cpu", dtype="float32", trust_remote_code=arguments.trust_remote_code)
         tokenizer = load_tokenizer(source, arguments.trust_remote_code)
         text = _calibration(arguments, given, model, tokenizer, tell)
+        if arguments.k == AUTO:
+            given = _proposed(model, given, text, tell, out)
         folder = export(model, given, tokenizer=tokenizer, out=arguments.out, calibration_BT=text, tell=tell)
     manifest = Manifest.read(folder)
     _show(out, str(folder), manifest)

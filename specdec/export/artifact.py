@@ -19,7 +19,8 @@ from transformers import AutoConfig, GenerationConfig
 import specdec
 from specdec.errors import UnsupportedModelError
 from specdec.export import folder as folders
-from specdec.export.exporter import Stored, Tell, exporter
+from specdec.export.code import code_hash
+from specdec.export.exporter import EXPORTERS, Stored, Tell, exporter
 from specdec.export.manifest import FILE, ArtifactError, Manifest, key_of, listed
 from specdec.export.options import Options
 from specdec.export.step import StaticStep
@@ -149,6 +150,7 @@ def contract_of(model: Any, step: StaticStep, options: Options, stored: Stored |
             "torch": torch.__version__.split("+")[0],
             "transformers": transformers.__version__,
             "specdec": specdec.__version__,
+            "export_code": code_hash(EXPORTERS[options.backend].partition(":")[0]),
         },
     }
 

@@ -38,7 +38,7 @@ _MOST_READ = 256 << 20
 
 
 def first_layers(model: Any, count: int) -> Any:
-    """The model with its first layers only, on the same tensors. `UnsupportedModelError` where there is no list of them."""
+    """The model with its first layers only, on the same tensors. `UnsupportedModelError` where they have no list."""
     path, config = _layers_path(model), copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
     kinds = layer_types(text)[:count]
@@ -59,14 +59,17 @@ def _flush(num_bytes: int) -> Tensor:
     return torch.zeros(max(1, min(num_bytes, _MOST_READ) // 4))
 
 
-def _step_seconds(model: Any, options: Options, read: Tensor, tell: Tell) -> dict[int, float]:
+def _step_seconds(
+    model: Any, options: Options, read: Tensor, tell: Tell, calibration_BT: Tensor | None
+) -> dict[int, float]:
     """Median seconds of a step by its rows, one graph for each."""
     from specdec.api import SpeculativeDecoder
     from specdec.bench import bare
     from specdec.bench.timing import Gate
     from specdec.export.artifact import ArtifactModel, export
 
-    decoder = SpeculativeDecoder(ArtifactModel.open(export(model, options, tell=tell)), drafter="none")
+    folder = export(model, options, calibration_BT=calibration_BT, tell=tell)
+    decoder = SpeculativeDecoder(ArtifactModel.open(folder), drafter="none")
     text = [1 + i % 7 for i in range(min(_TEXT, options.max_seq_len // 2))]
     calls, _ = bare.forwards(decoder, text, [k + 1 for k in options.k])
     seconds: dict[int, list[float]] = {width: [] for _, width in calls}
@@ -80,7 +83,9 @@ def _step_seconds(model: Any, options: Options, read: Tensor, tell: Tell) -> dic
     return {width: statistics.median(values) for width, values in seconds.items()}
 
 
-def measure_curve(model: Any, options: Options, tell: Tell = lambda _: None) -> dict[int, float]:
+def measure_curve(
+    model: Any, options: Options, tell: Tell = lambda _: None, calibration_BT: Tensor | None = None
+) -> dict[int, float]:
     """Seconds of a step of the whole model by its rows, M → c(M), never falling.
 
     Exports probes of one and two layers with the options' recipe and delegate, which are kept like any artefact.
@@ -100,7 +105,7 @@ def measure_curve(model: Any, options: Options, tell: Tell = lambda _: None) -> 
     for count in (1, 2)[:num_layers]:
         tell(f"costs: graphs of {len(widths)} widths, {count} of {num_layers} layers")
         cut = first_layers(model, count)
-        found.append(_step_seconds(cut, probe, _flush(_bytes(model) - _bytes(cut)), tell))
+        found.append(_step_seconds(cut, probe, _flush(_bytes(model) - _bytes(cut)), tell, calibration_BT))
     one, two = found[0], found[-1]
     whole = {w: max(one[w], one[w] + (num_layers - 1) * (two[w] - one[w])) for w in one}
     return dict(with_curve(RoundCost(verify={1: whole[1]}), whole).verify)
