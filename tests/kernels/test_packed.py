@@ -52,6 +52,34 @@ def test_bits_of_the_product_with_the_unpacked_matrix(name: str, dtype: torch.dt
         )
 
 
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(9, 768), (4, 512), (6, 896), (3, 7168)])
+def test_ends_of_rows_and_of_outputs(name: str, outputs: int, inputs: int, variant: str) -> None:
+    """Halves of what is summed at once, with and without anything before them; more rows than stay in a near cache."""
+    format = parse(name)
+    parts = format.pack(weights(outputs, inputs))
+    x = rows(14, inputs, torch.float32)
+    want = packed.reference(x, format, parts)
+    for count in (1, 3, 4, 7, 8, 14):
+        assert torch.equal(packed.linear(x[:count], format, parts), want[:count]), count
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_largest_sums_and_every_scale(name: str, variant: str) -> None:
+    format = parse(name)
+    parts = format.pack(weights(16, 768))
+    parts["codes"][:8] = torch.tensor([0x00, 0x77, 0x88, 0xFF, 0x0F, 0xF0, 0x7F, 0xE7], dtype=torch.uint8)[:, None]
+    if name.startswith("mxfp4"):
+        parts["scales"] = torch.arange(16 * 24, dtype=torch.int32).view(16, 24).remainder(256).to(torch.uint8)
+    if "zeros" in parts:
+        parts["zeros"][::2], parts["zeros"][1::2] = 0, 15
+    x = torch.full((3, 768), 127.0)
+    x[1], x[2, ::2] = -127.0, -127.0
+    got, want = packed.linear(x, format, parts), packed.reference(x, format, parts)
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+    assert want.isnan().any() == name.startswith("mxfp4")  # a scale of 255 is no number
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_wide_exponents_and_odd_codes(name: str, variant: str) -> None:
     format = parse(name)

@@ -114,7 +114,8 @@ struct Kernels {
   void (*round_rows[kNumTypes])(const void* x, int64_t M, int64_t K, int8_t* codes, float* scales, int32_t* sums);
   // Products of int8 rows, summed exactly, then scaled; by the type of y.
   void (*int8[kNumTypes])(const Int8&, int64_t n_begin, int64_t n_end);
-  // The same for A8. Its rows are laid out once for all outputs, in a8_row_bytes each; a8_scratch bytes per thread.
+  // The same for A8. Its rows are laid out once for all outputs, in a8_row_bytes each from a cache line's edge on;
+  // a8_scratch bytes per thread.
   int64_t (*a8_row_bytes)(int64_t K);
   void (*a8_rows)(const int8_t* codes, int64_t M, int64_t K, uint8_t* out);
   int64_t (*a8_scratch)(const A8&);

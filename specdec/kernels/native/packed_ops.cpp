@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <vector>
 
 #include "dispatch.h"
@@ -90,11 +91,17 @@ struct RoundedRows {
   }
 };
 
+// The first edge of a cache line from there on, at most kLine - 1 bytes away.
+constexpr int64_t kLine = 64;
+uint8_t* line_of(uint8_t* memory) {
+  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + kLine - 1) / kLine * kLine);
+}
+
 // At least so many bytes of this thread's, on a cache line's edge.
 void* scratch_of(int64_t bytes) {
-  static thread_local std::vector<char> scratch;
-  if (scratch.size() < size_t(bytes) + 64) scratch.resize(size_t(bytes) + 64);
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+  static thread_local std::vector<uint8_t> scratch;
+  if (scratch.size() < size_t(bytes + kLine)) scratch.resize(size_t(bytes + kLine));
+  return line_of(scratch.data());
 }
 
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales,
@@ -146,9 +153,10 @@ at::Tensor a8_linear(const at::Tensor& x, const at::Tensor& codes, const at::Ten
   if (rows.M == 0 || rows.N == 0) return rows.y;
   const Kernels& table = kernels();
   const RoundedRows rounded(table, rows, type, op);
-  std::vector<uint8_t> laid(size_t(rows.M * table.a8_row_bytes(rows.K)));
-  table.a8_rows(rounded.codes.data(), rows.M, rows.K, laid.data());
-  const A8 call{{reinterpret_cast<const int8_t*>(laid.data()), rounded.scales.data(), nullptr}, weight, rows.bias,
+  const std::unique_ptr<uint8_t[]> memory(new uint8_t[size_t(rows.M * table.a8_row_bytes(rows.K) + kLine)]);
+  uint8_t* laid = line_of(memory.get());
+  table.a8_rows(rounded.codes.data(), rows.M, rows.K, laid);
+  const A8 call{{reinterpret_cast<const int8_t*>(laid), rounded.scales.data(), nullptr}, weight, rows.bias,
                 rows.y.mutable_data_ptr(), rows.M, rows.K, rows.N};
   over_outputs(table, rows, [&](int64_t begin, int64_t end) {
     table.a8[type](call, begin, end, scratch_of(table.a8_scratch(call)));
