@@ -24,6 +24,7 @@ from specdec.export.aoti import AotiOptions
 from specdec.export.executorch import ExecutorchOptions
 from specdec.export.openvino import OpenvinoOptions
 from specdec.export.options import Options
+from specdec.export.qnn import QnnOptions
 from specdec.kernels import ops
 
 #: Narrow graphs and a small context, so that steps are cut and contexts end.
@@ -34,6 +35,7 @@ SMALL = ExecutorchOptions(prefill_len=8, k=(0, 3), max_seq_len=96, max_nodes=16,
 OF_OTHERS: dict[str, Options] = {
     "aoti": AotiOptions(max_seq_len=96, hidden=(0, 1, 2)),
     "openvino": OpenvinoOptions(prefill_len=8, k=(0, 3), max_seq_len=96, max_nodes=16, hidden=(0, 1, 2)),
+    "qnn": QnnOptions(prefill_len=8, k=(0, 3), max_seq_len=96, max_nodes=16, hidden=(0, 1, 2)),
 }
 
 
@@ -42,7 +44,7 @@ def needs(backend: str) -> None:
     if backend == "aoti":
         if not ops.available():
             pytest.skip(str(ops.why_not()))
-    elif find_spec(backend) is None:
+    elif find_spec({"qnn": "onnxruntime_qnn"}.get(backend, backend)) is None:
         pytest.skip(f"{backend} is not installed: pip install 'specdec[{backend}]'")
 
 
@@ -103,3 +105,19 @@ def opened(backend: str = "executorch") -> Any:
     from specdec.export.artifact import ArtifactModel
 
     return registry.find("backend", backend).open(ArtifactModel.open(exported(backend)))
+
+
+#: Weights of 4 bits and a head of 8, as few graphs as show everything.
+ROUNDED = ExecutorchOptions(prefill_len=1, k=(0, 3), max_seq_len=64, max_nodes=8, hidden=(1,), recipe="w4a8-head8")
+
+
+@cache
+def whole() -> Any:
+    """One layer whose shapes every recipe can take, for `rounded()`."""
+    shape = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    return tiny_models.tiny("llama", dtype=torch.float32, vocab_size=TEXT_VOCAB, **shape)
+
+
+def rounded() -> Path:
+    """`whole()` by the recipe of `ROUNDED`, with its tokenizer."""
+    return export(whole(), ROUNDED, tokenizer=byte_tokenizer())

@@ -223,8 +223,9 @@ class _Run:
     @torch.inference_mode()
     def measure(self, num_prompts: int) -> dict[str, Any]:
         """All figures of the text. `num_prompts`: that will be decoded after it."""
-        others = len(self.decoders) - 1
-        self._steps = len(self.rows_RT) * (others + 1 + len(self.graphs)) + num_prompts * (others + 3)
+        beside = max(len(self.graphs) - 1, len(self.prefill))  # of rows that other graphs compute again
+        texts = num_prompts * (len(self.decoders) + (2 if self.k else 0))
+        self._steps = len(self.rows_RT) * (len(self.decoders) + beside) + texts
         loss = dict.fromkeys(self.decoders, 0.0)
         to_full = {name: Distance() for name in self.decoders if name != FULL}
         to_reference, graphs = Distance(), {m.name: Distance() for m in (*self.graphs[1:], *self.prefill)}
