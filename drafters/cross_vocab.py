@@ -146,8 +146,15 @@ class CrossVocabDrafter(ModelRunner):
         if method not in (None, *METHODS):
             raise InputError(f"method is one of {METHODS}, or left out to let the tokenizers decide, not {method!r}")
         if not isinstance(draft, torch.nn.Module):
-            tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(draft))
-            draft = load_model(str(draft), device=context.device, dtype=context.dtype, quantize=context.quantize)
+            trusted = context.trust_remote_code
+            tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(draft), trusted)
+            draft = load_model(
+                str(draft),
+                device=context.device,
+                dtype=context.dtype,
+                quantize=context.quantize,
+                trust_remote_code=trusted,
+            )
         elif context.quantize is not None:
             raise InputError("draft= is a model that is loaded already: load it with quantization_config=, or name it")
         translation = Translation(context.tokenizer, tokenizer)

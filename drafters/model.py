@@ -87,7 +87,13 @@ class ModelDrafter(ModelRunner):
             raise InputError(
                 "the model drafter needs weights: pass a folder or hub id, as in drafter='org/small-model'"
             )
-        model = load_model(context.source, device=context.device, dtype=context.dtype, quantize=context.quantize)
+        model = load_model(
+            context.source,
+            device=context.device,
+            dtype=context.dtype,
+            quantize=context.quantize,
+            trust_remote_code=context.trust_remote_code,
+        )
         vocabulary, data = options.pop("vocabulary", None), options.pop("vocabulary_data", None)
         if vocabulary is not None:
             vocabulary = _built(vocabulary, data, context)

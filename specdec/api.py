@@ -373,6 +373,7 @@ def load(
         target_source=source,
         kv_cache=kv_cache,
         quantize=draft_quantize,
+        trust_remote_code=trust_remote_code,
     )
     drafter = resolve_drafter(drafter, context, **dict(drafter_options or {}))
     decoder = SpeculativeDecoder(

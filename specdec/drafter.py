@@ -72,6 +72,7 @@ class BuildContext:
     target_source: str | None = None
     kv_cache: str | None = None  # how the target stores keys and values; its own models do so too where they can
     quantize: Any = None  # a recipe, or the name of one or of a format, for the weights of its own models
+    trust_remote_code: bool = False  # whether code that comes with its own models may run
 
 
 class Memory(Enum):

@@ -285,6 +285,6 @@ def resolve_drafter(drafter: Any, context: BuildContext, **options: Any) -> Draf
             "draft_quantize (--draft-quantize) out, or let a model draft"
         )
     if source is not None:
-        check_same_tokenizer(context.tokenizer, load_tokenizer(source), source)
+        check_same_tokenizer(context.tokenizer, load_tokenizer(source, context.trust_remote_code), source)
     built: Drafter = plugin.build(replace(context, source=source), **options)
     return built

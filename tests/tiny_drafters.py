@@ -1,6 +1,7 @@
 """One of every registered drafter on one tiny target, right now and then; and policies of every kind.
 
-A new drafter needs a line in `DRAFTERS`, a new policy one in `POLICIES`.
+A new drafter needs a line in `DRAFTERS`, a new policy one in `POLICIES`. Where one name stands for several methods,
+each has a line, as "name:method".
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from specdec.drafters import (
     SelfQuantDrafter,
     SuffixDrafter,
 )
-from specdec.drafters.cross_vocab import CommonTokens, Translation
+from specdec.drafters.cross_vocab import CommonTokens, Retokenised, Translation
 
 from specdec.drafter import Drafter
 from specdec.fit import FittedTree, TreePlan
@@ -87,6 +88,7 @@ def plan_file() -> str:
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "cross_vocab": lambda: CommonTokens(renumbered_draft(), translation()),
+    "cross_vocab:retokenise": lambda: Retokenised(renumbered_draft(), translation()),
     "eagle": lambda: EagleDrafter(eagle_head()),
     "early_exit": EarlyExitDrafter,
     "hybrid": lambda: HybridDrafter(NgramDrafter(), ModelDrafter(partial_draft()), probe_every=5),

@@ -28,7 +28,7 @@ from transformers import Qwen3Config
 
 from specdec.dtypes import dtype_name
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.formats.files import load_pickled, read_config, read_tensors
+from specdec.formats.files import describing, load_pickled, names_of, read_config, read_tensors
 from specdec.loading import DRAFTER_KEY
 from specdec.models.dflash import DFlashConfig, DFlashModel
 from specdec.runtime.cache import layer_types
@@ -65,7 +65,7 @@ def is_speculators(config: Mapping[str, Any]) -> bool:
 def is_dflash(config: Mapping[str, Any]) -> bool:
     """Whether a `config.json` describes a DFlash draft, in either layout."""
     return is_speculators(config) or (
-        ARCHITECTURE in (config.get("architectures") or ()) and isinstance(config.get("dflash_config"), Mapping)
+        ARCHITECTURE in names_of(config) and isinstance(config.get("dflash_config"), Mapping)
     )
 
 
@@ -188,7 +188,8 @@ def read(folder: Path, convention: str | None = None) -> tuple[DFlashModel, str]
     raw = read_config(folder)
     if not is_dflash(raw):
         raise UnsupportedModelError(f"{folder} holds no DFlash draft: its config.json is of another kind")
-    config, convention = parse(raw, convention)
+    with describing("DFlash draft"):
+        config, convention = parse(raw, convention)
     tensors = read_tensors(folder)
     aside = folder / "mask_embedding.pt"
     if aside.is_file():
@@ -214,7 +215,7 @@ def build(config: DFlashConfig, tensors: dict[str, Tensor]) -> DFlashModel:
         raise UnsupportedModelError("the draft names no mask_token_id and has no tensor mask_embedding")
     if config.draft_vocab_size is None:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in ("lm_head.weight", "d2t")}
-    with torch.device("meta"):
+    with describing("DFlash draft"), torch.device("meta"):
         model = DFlashModel(config)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for what, names in (("lack", wanted.keys() - tensors.keys()), ("also hold", tensors.keys() - wanted.keys())):

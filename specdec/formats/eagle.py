@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from specdec.dtypes import dtype_name
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.formats.files import load_pickled, read_config, read_tensors
+from specdec.formats.files import describing, load_pickled, names_of, read_config, read_tensors
 from specdec.loading import DRAFTER_KEY
 from specdec.models.eagle import LAYERS, EagleConfig, EagleModel
 from specdec.models.eagle_build import own_tensors
@@ -54,14 +54,14 @@ def layout_of(config: Mapping[str, Any], folder: Path) -> str | None:
         return "specdec"
     if "speculators_model_type" in config:
         return SPECULATORS if config["speculators_model_type"] == "eagle3" else None
-    names = " ".join(config.get("architectures") or ())
+    names = " ".join(names_of(config))
     if any(other in names for other in ("DFlash", "DSpark", "Domino", "PEagle")):
         return None
     if "Eagle" in names or "eagle_config" in config or "draft_vocab_size" in config:
         return "original"
     # An EAGLE-1 head calls itself a Llama; what it holds tells.
     few = isinstance(config.get("num_hidden_layers"), int) and config["num_hidden_layers"] <= 4
-    shape = _shape_in(folder, "fc.weight") if few and config.get("model_type") in LAYERS else None
+    shape = _shape_in(folder, "fc.weight") if few and config.get("model_type") in list(LAYERS) else None
     return "original" if shape is not None and len(shape) == 2 and shape[1] == 2 * shape[0] else None
 
 
@@ -129,8 +129,9 @@ def read(folder: str | Path) -> Checkpoint:
     tensors = {n: t for n, t in tensors.items() if n not in _REDUNDANT and not n.endswith("rotary_emb.inv_freq")}
     if layout == "specdec":
         del given[DRAFTER_KEY]
-        return Checkpoint(EagleConfig.from_dict(given), tensors)
-    return Checkpoint(_published_config(given, tensors, layout), tensors)
+    with describing("EAGLE head"):
+        config = EagleConfig.from_dict(given) if layout == "specdec" else _published_config(given, tensors, layout)
+    return Checkpoint(config, tensors)
 
 
 def _published_config(given: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str) -> EagleConfig:
@@ -144,7 +145,7 @@ def _published_config(given: Mapping[str, Any], tensors: Mapping[str, Tensor], l
     }
     layer = given.get("transformer_layer_config") or {} if layout == SPECULATORS else given
     kind = layer.get("model_type", "llama")
-    if kind not in LAYERS:
+    if kind not in list(LAYERS):
         raise UnsupportedModelError(
             f"EAGLE heads with layers of type {kind!r} are not supported, only {sorted(LAYERS)}"
         )

@@ -5,16 +5,44 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from specdec.errors import UnsupportedModelError
+from specdec.errors import SpecdecError, UnsupportedModelError
+
+# What code stumbles over that was given a word for a number, or a size below one.
+_STUMBLES = (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError)
+
+
+@contextmanager
+def describing(what: str) -> Iterator[None]:
+    """Around code that makes something of a configuration's fields: `UnsupportedModelError` where they make no sense.
+
+    What it says is the last line of what the code stumbled over, which names the field in errors of `transformers`.
+    """
+    try:
+        yield
+    except SpecdecError:
+        raise
+    except _STUMBLES as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UnsupportedModelError(
+            f"config.json describes no {what}: {lines[-1] if lines else type(error).__name__}; download it again"
+        ) from error
+
+
+def names_of(config: Mapping[str, Any]) -> list[str]:
+    """The model classes that a configuration names; none where it names them in another way than as a list of words."""
+    named = config.get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from specdec.dtypes import dtype_name
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.formats.files import load_pickled, read_config
+from specdec.formats.files import load_pickled, names_of, read_config
 from specdec.formats.medusa_heads import HeadShape, MedusaHeads, output_rows
 from specdec.loading import DRAFTER_KEY, EMBEDDED, load_model
 from specdec.policy import MAX_DEPTH
@@ -44,7 +44,7 @@ _PROJECTION = re.compile(r"^(?:lm_heads|projections)\.(\d+)\.weight$")
 
 def recognises(config: Mapping[str, Any], folder: Path) -> bool:
     """Whether a folder with this configuration holds Medusa heads in a layout of others."""
-    architectures = config.get("architectures") or ()
+    architectures = names_of(config)
     named = "medusa_num_heads" in config or config.get("model_type") == "medusa" or "MedusaModel" in architectures
     return named or any((folder / name).is_file() for name in _HEAD_FILES)
 

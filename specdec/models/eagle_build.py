@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from specdec.errors import IncompatiblePairError, InputError, UnsupportedModelError
+from specdec.formats.files import describing
 from specdec.models.eagle import EagleConfig, EagleModel
 from specdec.vocabulary import output_weight
 
@@ -60,13 +61,14 @@ def build(config: EagleConfig, tensors: Mapping[str, Tensor], target: Any) -> Ea
     `tensors` are named as the model's own. Raises `InputError` for missing, unknown or misshapen ones, and
     `IncompatiblePairError` for a target of other sizes.
     """
-    _complete(config, target)
+    with describing("EAGLE head"):
+        _complete(config, target)
     config._attn_implementation = "sdpa"
     dtype, device = target.dtype, target.get_input_embeddings().weight.device
     if not 1 <= config.num_hidden_layers <= _MOST_LAYERS:
         raise UnsupportedModelError(f"an EAGLE head has 1 to {_MOST_LAYERS} layers, not {config.num_hidden_layers}")
     # Shapes are compared before anything of their size is made: they come from a file.
-    with torch.device("meta"), no_init_weights():
+    with describing("EAGLE head"), torch.device("meta"), no_init_weights():
         shapes = {name: tensor.shape for name, tensor in EagleModel(config).state_dict().items()}
     shared = set()
     if not config.own_embeddings:

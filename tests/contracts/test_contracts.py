@@ -69,7 +69,7 @@ def fits(drafter: Drafter, verifier: Verifier, policy: Policy) -> bool:
     )
 
 
-DRAFTER_NAMES = list(registry.available("drafter"))
+DRAFTER_NAMES = sorted({*registry.available("drafter"), *DRAFTERS})
 VERIFIER_NAMES = list(registry.available("verifier"))
 COMBINATIONS = [
     (drafter, verifier, policy)
