@@ -145,7 +145,7 @@ def propose(curve: Mapping[int, float], count: int = 3, acceptance: Sequence[flo
     def share(ks: Sequence[int]) -> float:
         return statistics.fmean(max(rates[k, a] for k in ks) / best[a] for a in acceptance)
 
-    found = ((0,), share((0,)))
+    found: tuple[tuple[int, ...], float] = ((0,), share((0,)))
     for size in range(1, min(count, len(every))):
         lists = [(0, *more) for more in itertools.combinations([k for k in every if k], size)]
         made = max(lists, key=share)

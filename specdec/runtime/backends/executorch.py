@@ -153,7 +153,8 @@ class ExecutorchBackend(ArtifactBackend):
         """`kv_updater`: who writes keys and values and where, of `UPDATERS`; None: what the artefact has graphs for."""
         if options:
             raise InputError(f"the executorch backend takes kv_updater only, not {sorted(options)}")
-        kv: str = model.manifest.options.kv
+        given: Any = model.manifest.options
+        kv: str = given.kv
         name = kv_updater or (SmartMask.name if kv == "host" else SCATTER)
         if name not in UPDATERS:
             raise InputError(f"a KV updater is one of {', '.join(UPDATERS)}, not {name!r}")
