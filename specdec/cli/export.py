@@ -146,7 +146,7 @@ def _show(console: Console, folder: str, manifest: Manifest) -> None:
             table.add_row(name, f"{method.width} rows{_covered(coverage.get(name))}")
     share = sizes["program_bytes"] / sizes["weight_bytes"]
     table.add_row("program", f"{sizes['program_bytes'] / 1e6:.1f} MB, {share:.2f} times the weights")
-    if "stored" in model:
+    if "layers" in model.get("stored", {}):
         layers = ", ".join(f"{count} layers in {name}" for name, count in model["stored"]["layers"].items())
         table.add_row("weights", f"{layers}; {sizes['stored_bytes'] / 1e6:.1f} MB with embeddings and norms")
     table.add_row("keys, values", f"{sizes['slot_bytes'] / 1e6:.1f} MB for {given.max_seq_len} positions")

@@ -125,12 +125,13 @@ def rounded_again(artifact: ArtifactModel, target: Any) -> tuple[Any, list[str]]
     if manifest.options.recipe is None:
         return None, []
     stored = exporter(manifest.backend).store(target, manifest.options, calibration_of(artifact))
-    if stored is None:
-        return None, [f"{manifest.backend} rounds weights in the graphs alone: there is no rounded model in torch"]
-    said = manifest.model["stored"]["sha256"]
-    if stored.facts["sha256"] == said:
+    if stored is None or stored.model is target:
+        return None, [
+            f"{manifest.backend} rounds in the graphs alone: there is no rounded model in torch to compare with"
+        ]
+    said, found = manifest.model["stored"]["sha256"], stored.facts["sha256"]
+    if found == said:
         return stored.model, []
-    found = stored.facts["sha256"]
     return stored.model, [
         f"rounding the model again gives other weights here ({found[:12]}…, in the artefact {said[:12]}…): another "
         "machine or version made it; read the rounded phase as a neighbour"
