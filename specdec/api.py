@@ -111,7 +111,7 @@ class SpeculativeDecoder:
                 f"the {verifier.name} verifier cannot take {what} from the {drafter.name} drafter; "
                 f"these can: {', '.join(fitting_verifiers(drafter, policy))}"
             )
-        nodes = policy.start().plan().num_nodes if policy.branches else 0
+        nodes = policy.most_nodes if policy.branches else 0
         self._check_backend(drafter, policy.name, trees=policy.branches, nodes=nodes, hidden=drafter.hidden)
         if policy.branches and not drafter.trees:
             raise IncompatiblePairError(f"the {drafter.name} drafter proposes chains; policy {policy.name} wants trees")
@@ -205,8 +205,7 @@ class SpeculativeDecoder:
         """Bytes of keys, values and kept hidden states that the text may come to need; 0 where nobody set a budget."""
         if self.memory_budget is None:
             return 0
-        plan = policy.start().plan()
-        length = min(request.max_length + max(plan.num_nodes, plan.limit), self.backend.capabilities.context)
+        length = min(request.max_length + policy.most_nodes, self.backend.capabilities.context)
         target, draft = self.backend.bytes_for(length), drafter.bytes_for(length)
         if drafter.hidden:
             width = len(drafter.hidden) * self.target.config.get_text_config(decoder=True).hidden_size

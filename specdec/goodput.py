@@ -150,6 +150,10 @@ class Joined(Policy):
     def name(self) -> str:
         return self.inner.name
 
+    @property
+    def most_nodes(self) -> int:
+        return self.inner.most_nodes
+
     def start(self) -> PolicyRun:
         self.run = self.inner.start()
         self.run.join(self.load)

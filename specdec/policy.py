@@ -144,6 +144,15 @@ class Policy(ABC):
         """Warn when the policy was made for another pair or machine than this one."""
         return None
 
+    @property
+    def most_nodes(self) -> int:
+        """Nodes that no round has more of: what caches, and steps of fixed width, need room for.
+
+        By default those of the first plan; a policy whose plans grow says so here.
+        """
+        plan = self.start().plan()
+        return max(plan.num_nodes, plan.deepest)
+
     @abstractmethod
     def start(self) -> PolicyRun: ...
 
@@ -230,6 +239,10 @@ class Heuristic(Policy):
     def name(self) -> str:
         return f"heuristic(k={self.k})"
 
+    @property
+    def most_nodes(self) -> int:
+        return max(self.k, self.limit)
+
     def start(self) -> PolicyRun:
         return _HeuristicRun(self.k, self.limit)
 
@@ -300,6 +313,10 @@ class Throughput(Policy):
     @property
     def name(self) -> str:
         return "throughput"
+
+    @property
+    def most_nodes(self) -> int:
+        return self.limit
 
     def start(self) -> ThroughputRun:
         return ThroughputRun(self.limit, min(self.k, self.limit), self.probe_every)

@@ -153,5 +153,9 @@ class AdaptiveTree(Policy):
     def name(self) -> str:
         return "adaptive tree"
 
+    @property
+    def most_nodes(self) -> int:
+        return max(self.budget, self.k)
+
     def start(self) -> AdaptiveTreeRun:
         return AdaptiveTreeRun(self)
