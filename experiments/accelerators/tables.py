@@ -62,7 +62,7 @@ def decoding(found: Mapping[str, Any]) -> list[str]:
 
 
 def updaters(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    copied = ("rows/step", "bytes/row", "published", "bytes/step", "µs/step", "ms/step")
+    copied = ("rows/step, prompts too", "bytes/row", "published", "bytes/step", "µs/step", "ms/step")
     head = ("updater", *copied, "held, kB", "published, kB", "same text")
     rows = []
     for row in found:
@@ -96,7 +96,7 @@ def report(found: Mapping[str, Any]) -> str:
     clean, every = found["clean_slices"]
     lines += [
         f"First token after a prompt of {found['prompt']} (one graph: kv mode; four graphs: hybrid): {first}. "
-        f"Clean slices: {clean} of {every}. Peak memory of the run: {found['peak_memory'] / 1e6:.0f} MB. "
+        f"Clean slices: {clean} of {every}. Peak memory of the run: {found['peak_memory'].get('process', 0) / 1e6:.0f} MB. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
     ]
