@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.errors import InputError, UnsupportedModelError
+from specdec.export import options as graphs
 from specdec.export.exporter import Exporter, Stored, Tell
 from specdec.export.manifest import sha256_of
-from specdec.export.options import Method, Options
+from specdec.export.options import Options
 from specdec.export.recipes import digest_of
 from specdec.export.step import StaticStep
 from specdec.kernels import build, ops
+from specdec.quant.linear import PackedLinear
 from specdec.quant.methods import create, prepare_model
+from specdec.quant.methods.method import Method
 from specdec.quant.recipe import Recipe
 from specdec.runtime import graph
 from specdec.runtime.backends.compiled import CompiledBackend
@@ -68,8 +72,8 @@ class AotiOptions(Options):
             Recipe.of(self.recipe)  # an unknown one is refused with the nearest names
 
     @property
-    def methods(self) -> tuple[Method, ...]:
-        return (Method("step", graph.MAX_ROWS),)
+    def methods(self) -> tuple[graphs.Method, ...]:
+        return (graphs.Method("up to", graph.MAX_ROWS),)
 
 
 class _Step(StaticStep):
@@ -78,6 +82,10 @@ class _Step(StaticStep):
     def __init__(self, model: Any, options: AotiOptions):
         super().__init__(model, 1, hidden=options.hidden, attention="plain")
         self.source = (model,)  # in a tuple, so that it is no part of this module
+
+
+def _method(recipe: Recipe) -> Method:
+    return create(recipe.method, recipe.options)
 
 
 def instructions() -> str:
@@ -95,10 +103,10 @@ class AotiExporter(Exporter):
     program = PROGRAM
 
     def versions(self) -> dict[str, str]:
-        """Of the kernels' sources, and the instructions that the compiler may use here."""
+        """Of the kernels' sources, of what a graph is given, and the instructions that the compiler may use here."""
         if not ops.available():
             raise InputError(f"the aoti backend needs the native kernels: {ops.why_not()}")
-        return {"kernels": build.key(), "instructions": instructions()}
+        return {"kernels": build.key(), "step": str(graph.FORMAT), "instructions": instructions()}
 
     def check(self, model: Any, options: AotiOptions) -> None:
         super().check(model, options)
@@ -106,15 +114,20 @@ class AotiExporter(Exporter):
         if reason:
             raise UnsupportedModelError(f"{reason}; use --backend executorch or openvino")
 
+    def needs_text(self, options: AotiOptions) -> bool:
+        return options.recipe is not None and _method(Recipe.of(options.recipe)).needs
+
     def store(self, model: Any, options: AotiOptions, calibration_BT: Tensor | None = None) -> Stored | None:
         if options.recipe is None:
             return None
         recipe = Recipe.of(options.recipe)
         rounded = prepare_model(model, recipe, calibration_BT)
-        looks = calibration_BT is not None and create(recipe.method, recipe.options).needs
+        looks = calibration_BT is not None and _method(recipe).needs
         state = rounded.state_dict()
+        layers = Counter(m.format.name for m in rounded.modules() if isinstance(m, PackedLinear))
         facts: dict[str, Any] = {
             "recipe": recipe.to_dict(),
+            "layers": dict(layers),
             "notes": list(rounded.quantisation_notes),
             "calibration": digest_of([calibration_BT]) if looks else None,
             "sha256": digest_of([state[name] for name in sorted(state)]),

@@ -33,8 +33,8 @@ _INDUCTOR = {
     # Folding would bake weights of this very model, such as a norm of ones, into a graph that others will use.
     "joint_graph_constant_folding": False,
 }
-# Raised when the operators' signatures change, or what the graph is given.
-_FORMAT = 2
+#: Raised when the operators' signatures change, or what the graph is given.
+FORMAT = 2
 _INLINED = 8
 # Fields of a configuration that say where a model came from, not what it computes (dtypes are known by tensor).
 _UNIMPORTANT = {"architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -59,7 +59,7 @@ def fingerprint(model: NativeModel) -> str:
     # Formats may store tensors of the same shapes, and their products are written into the code.
     stored = [(name, m.format.name) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
     facts = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "stored": stored,
         "class": f"{type(model.model).__module__}.{type(model.model).__qualname__}",
         "config": config,

@@ -138,9 +138,17 @@ def test_drafts_and_hidden_states(artifact: ArtifactModel) -> None:
         specdec.SpeculativeDecoder(artifact, drafter="early_exit", policy=Fixed(3))
 
 
-def test_weights_by_a_recipe() -> None:
+def test_weights_by_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_artifacts.needs("aoti")
     whole = tiny_models.tiny("mistral", dtype=torch.float32, num_hidden_layers=1)
-    rounded = ArtifactModel.open(tiny_artifacts.export(whole, AotiOptions(max_seq_len=96, recipe="int8")))
+    whole.save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("SPECDEC_CACHE", str(tiny_artifacts._folder("aoti")))  # compiled once per machine
+    out = ["--max-seq-len", "96", "--out", str(tmp_path / "out")]
+    assert cli.main(["export", str(tmp_path / "model"), "--backend", "aoti", "--recipe", "int8", *out]) == 0
+    assert "8 layers in int8" in " ".join(capsys.readouterr().out.split())
+    rounded = ArtifactModel.open(tmp_path / "out")
     made = specdec.SpeculativeDecoder(rounded, drafter=NgramDrafter(), policy=Fixed(3))
     assert "int8 weights" in made.backend.describes
     from specdec.quant.methods import prepare_model
@@ -245,7 +253,7 @@ def test_machine_code_for_something_else_is_refused_by_field(
 ) -> None:
     versions = artifact.manifest.contract["versions"]
     check_machine(versions)
-    for name, value in (("torch", "2.99.0"), ("kernels", "0" * 24)):
+    for name, value in (("torch", "2.99.0"), ("kernels", "0" * 24), ("step", "1")):
         with pytest.raises(ArtifactError, match=rf"versions.{name} is '{value}' in the artefact and '.*' here"):
             check_machine({**versions, name: value})
     with pytest.raises(ArtifactError, match=r"versions.instructions of the artefact has avx1024, which .* lacks"):

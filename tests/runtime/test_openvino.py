@@ -179,7 +179,9 @@ def test_what_was_changed_or_is_for_another_backend_is_refused(artifact: Artifac
         check_artifact(artifact, "executorch")
 
 
-def test_commands(artifact: ArtifactModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(
+    artifact: ArtifactModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     common = ("--artifact", str(artifact.folder), "--threads", "1", "--max-new-tokens", "12")
     assert cli.main(["generate", "import os", *common, "--k", "3", "--json", str(tmp_path / "text.json")]) == 0
     made = json.loads((tmp_path / "text.json").read_text())
@@ -192,7 +194,13 @@ def test_commands(artifact: ArtifactModel, tmp_path: Path, capsys: pytest.Captur
     found = json.loads(report.read_text())
     assert found["identical"] == found["prompts"] == 2
     assert "openvino on CPU, graphs of 1, 4, 8 rows" in found["backend"]
-    capsys.readouterr()
+    tiny_artifacts.model().save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    out = ["--k", "0,2", "--max-seq-len", "40", "--recipe", "int8", "--device", "NPU", "--out", str(tmp_path / "out")]
+    assert cli.main(["export", str(tmp_path / "model"), "--backend", "openvino", *out]) == 0  # compiled where it runs
+    assert "step_3 3 rows" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["generate", "x", "--artifact", str(tmp_path / "out")]) == 2
+    assert "no device NPU here" in capsys.readouterr().err
     assert cli.main(["export", "--backend", "openvino", "--delegate", "xnnpack"]) == 2
     assert "the openvino backend has no option 'delegate'" in capsys.readouterr().err
 

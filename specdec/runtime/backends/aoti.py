@@ -55,7 +55,7 @@ def _header(model: ArtifactModel) -> dict[str, Any]:
 
 def check_machine(versions: Mapping[str, str]) -> None:
     """Raise `ArtifactError`, naming the field, for machine code that was made for something else than what is here."""
-    here = {"torch": torch.__version__.split("+")[0], "kernels": build.key()}
+    here = {"torch": torch.__version__.split("+")[0], "kernels": build.key(), "step": str(graph.FORMAT)}
     for name, found in here.items():
         if versions.get(name) != found:
             raise ArtifactError(
