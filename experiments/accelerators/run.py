@@ -37,6 +37,7 @@ from specdec.export.executorch import ExecutorchOptions
 from specdec.kernels.build import cache_folder
 from specdec.loading import EMBEDDED, load_model, load_tokenizer
 from specdec.policy import Fixed
+from specdec.runtime.backend import Step
 from specdec.runtime.updaters import SCATTER, UPDATERS, published_cost
 
 HERE = Path(__file__).parent
@@ -50,6 +51,7 @@ EXPORTS = {
 }
 PAIRS = {"embedded": (ONE, DEFAULT, BOTH), "134m": (ONE, DEFAULT), "tiny": (ONE, DEFAULT, BOTH)}
 PROMPT = 128
+CHUNK = EXPORTS[DEFAULT].prefill_len
 K = (3, 6)
 
 
@@ -134,22 +136,34 @@ class Decoders:
 NAMES = (DEFAULT, "eager", "compiled")
 
 
+def prefill(decoder: Any, text: Sequence[int]) -> Callable[[], object]:
+    """One chunk behind a text, of which only the last row's logits are wanted."""
+    task = decoder.prepare(list(text), max_new_tokens=1)
+    task.target.append(text)
+    task.target.prefill()
+    start = task.target.num_cached
+    tokens = torch.tensor([text[i % len(text)] for i in range(CHUNK)])
+    block = torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril()
+    step = Step(tokens, start, block, torch.arange(start, start + CHUNK), start, 1)
+    return lambda: task.target.backend.forward(step)
+
+
 def step_milliseconds(decoders: Decoders, text: Sequence[int], plan: Plan, gate: Gate) -> dict[str, Any]:
-    """Median of one step by backend and rows, all in turns; the widest is the prefill's."""
-    widths = sorted({1, 4, 7, 8, *(method.width for method in EXPORTS[DEFAULT].methods)})
-    calls: dict[tuple[str, int], Callable[[], object]] = {}
+    """Median of one step by backend and rows, all in turns; with "prefill", of a chunk of a prompt."""
+    widths = [1, 4, 7, 8]
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name in NAMES:
         found, _ = bare.forwards(decoders(name), text, widths)
-        calls |= {(name, width): call for (what, width), call in found.items() if what == "target"}
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
+        calls |= {(name, str(width)): call for (what, width), call in found.items() if what == "target"}
+        calls[name, f"prefill {CHUNK}"] = prefill(decoders(name), text)
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for repetition in range(plan.steps + 2):
         for key, call in calls.items():
             taken = gate.time(call).seconds
             if repetition > 1:
                 seconds[key].append(taken)
     return {
-        name: {str(w): 1e3 * statistics.median(values) for (n, w), values in seconds.items() if n == name}
-        for name in NAMES
+        name: {w: 1e3 * statistics.median(values) for (n, w), values in seconds.items() if n == name} for name in NAMES
     }
 
 

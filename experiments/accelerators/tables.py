@@ -36,7 +36,7 @@ def steps(found: Mapping[str, Any]) -> list[str]:
         (label, *(f"{times[w]:.2f}" for w in widths), *(f"{times[w] / times['1']:.2f}" for w in ("4", "7")))
         for label, times in found.items()
     ]
-    return table(("step, ms", *(f"{w} rows" for w in widths), "4 rows / 1", "7 rows / 1"), rows)
+    return table(("step, ms", *(f"{w} rows" if w.isdigit() else w for w in widths), "4 rows / 1", "7 rows / 1"), rows)
 
 
 def decoding(found: Mapping[str, Any]) -> list[str]:
@@ -94,9 +94,10 @@ def report(found: Mapping[str, Any]) -> str:
     first = ", ".join(f"{k.removeprefix(prefix)} {v:.1f} ms" for k, v in found.items() if k.startswith(prefix))
     versions = next(iter(found["exports"].values()))["contract"]["versions"]
     clean, every = found["clean_slices"]
+    peak = found["peak_memory"].get("process", 0) / 1e6
     lines += [
         f"First token after a prompt of {found['prompt']} (one graph: kv mode; four graphs: hybrid): {first}. "
-        f"Clean slices: {clean} of {every}. Peak memory of the run: {found['peak_memory'].get('process', 0) / 1e6:.0f} MB. "
+        f"Clean slices: {clean} of {every}. Peak memory of the run: {peak:.0f} MB. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
     ]
