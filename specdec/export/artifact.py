@@ -115,7 +115,7 @@ def model_hash(model: Any) -> str:
     """Of the configuration and every weight, by name: the same hash means the same logits."""
     digest = hashlib.sha256()
     # Where it came from, and what saving adds: nothing that logits depend on.
-    left_out = ("_name_or_path", "transformers_version", "architectures")
+    left_out = ("_name_or_path", "transformers_version", "architectures", "dtype")
     config = {k: v for k, v in model.config.to_dict().items() if k not in left_out}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
