@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from specdec.runtime import graph
+from specdec.runtime.backends import compiled
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU run on the CPU; triton reads it when imported
@@ -21,6 +25,20 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_graphs_by_themselves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """On a busy machine steps take long enough for a graph to be made in the background, and kept for whoever comes.
+
+    Its bits are not those of the step in Python, which most tests compare with. Tests of graphs ask for them.
+    """
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("graphs")
+    patch.setattr(graph, "folder", lambda: folder)
+    patch.setattr(compiled, "SECONDS_BEFORE", float("inf"))
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

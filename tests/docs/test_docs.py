@@ -18,7 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Shortens the long commands: what is tested is that they run as written, not how long they take.
 _FEW = ["--limit", "2", "--repetitions", "1", "--max-new-tokens", "16"]
-SHORTER = {"compare": _FEW, "certify": ["--pairs", "1"], "sweep": [*_FEW, "--drafter", "ngram", "--k", "2"]}
+SHORTER = {
+    "compare": _FEW,
+    "certify": ["--pairs", "1"],
+    "sweep": [*_FEW, "--drafter", "ngram", "--k", "2"],
+    "bench": ["--prompts", "1", "--repetitions", "1", "--max-new-tokens", "16", "--retries", "0"],
+}
 
 needs_pair = pytest.mark.skipif(not (EMBEDDED / "target" / "config.json").exists(), reason="no embedded pair")
 
