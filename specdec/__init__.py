@@ -5,8 +5,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec.api import SpeculativeDecoder, load
+    from specdec.api import SpeculativeDecoder
     from specdec.generation import Generation
+    from specdec.opening import load
     from specdec.quant.hf import IntConfig, MXConfig, QuantConfig, SparseConfig
     from specdec.sampling import Sampling
 
@@ -32,7 +33,7 @@ _HOMES = {
     "Sampling": "specdec.sampling",
     "SparseConfig": "specdec.quant.hf",
     "SpeculativeDecoder": "specdec.api",
-    "load": "specdec.api",
+    "load": "specdec.opening",
 }
 
 

@@ -29,12 +29,13 @@ from specdec.drafters import (
     SelfQuantDrafter,
     SuffixDrafter,
 )
-from specdec.drafters.cross_vocab import CommonTokens, Retokenised, Translation
+from specdec.drafters.cross_vocab import CommonTokens, Retokenised
 
 from specdec.drafter import Drafter
 from specdec.fit import FittedTree, TreePlan
 from specdec.formats.medusa_heads import HeadShape, MedusaHeads
 from specdec.policy import Confidence, Fixed, Heuristic, Policy, Throughput
+from specdec.translation import Translation
 from specdec.tree_policy import AdaptiveTree, DynamicTree, StaticTree
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]

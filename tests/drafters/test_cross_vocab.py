@@ -13,7 +13,7 @@ import tiny_pairs
 import torch
 import transformers as tf
 from specdec.drafters import CrossVocabDrafter, ModelDrafter
-from specdec.drafters.cross_vocab import CommonTokens, Retokenised, Translation, probe_texts
+from specdec.drafters.cross_vocab import CommonTokens, Retokenised
 from specdec.verifiers import Coupled
 from tiny_text import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -24,6 +24,7 @@ from specdec.errors import IncompatiblePairError, InputError
 from specdec.generation import Stream
 from specdec.policy import Fixed
 from specdec.spelling import Spelling, complete
+from specdec.translation import Translation, probe_texts
 from specdec.tree_policy import DynamicTree
 
 PROMPT = [3, 5, 7, 3, 5, 7, 3, 5]
