@@ -250,3 +250,20 @@ def test_two_processes_take_the_steps_of_one(folder, tmp_path):
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     for key, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][key], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "minutes"), [("eagle", 40.0), ("medusa", 40.0), ("draft", 20.0)])
+def test_a_kinds_own_budget_is_taken_where_none_is_given(kind: str, minutes: float) -> None:
+    parser = command.kind_parser(kind)
+    assert f"budget of time (default: {minutes:g}" in " ".join(parser.format_help().split())
+    assert command._settings(kind, parser.parse_args([])).minutes == minutes
+    by_steps = command._settings(kind, parser.parse_args(["--steps", "7"]))
+    assert (by_steps.steps, by_steps.minutes) == (7, None)
+    assert command._settings(kind, parser.parse_args(["--minutes", "3"])).minutes == 3
+
+
+def test_medusa_heads_learn_from_the_targets_own_greedy_texts() -> None:
+    given = command.kind_parser("medusa").parse_args([])
+    assert (given.self_generate, given.self_temperature, given.text_share) == (512, (0.0,), 0.0)
+    other = command.kind_parser("eagle").parse_args([])
+    assert (other.self_generate, other.self_temperature, other.text_share) == (0, (0.0, 1.0), 0.5)

@@ -310,6 +310,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(target, texts, tmp_path):
         train(made, texts, settings(tmp_path))
 
 
+@pytest.mark.parametrize("capable", [True, False])
+def test_precision_auto_is_what_the_processor_multiplies(target, texts, tmp_path, monkeypatch, capable):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
+    train(objective(target), texts, settings(tmp_path, steps=1, evaluations=1, precision="auto"))
+    record = json.loads((tmp_path / "provenance.json").read_text())
+    assert record["precision"] == ("bf16" if capable else "fp32")
+
+
 def test_bad_settings_are_refused(tmp_path):
     for changes, message in (
         ({"steps": None}, "how long"),
