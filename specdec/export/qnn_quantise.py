@@ -3,7 +3,7 @@
 The graphs of an artefact have to agree: a verification that rounds otherwise than plain decoding would write another
 text. So one graph is calibrated, and tensors of the same name get its range in all.
 
-Shape suffixes: B rows of text, T tokens of one; S slots.
+Shape suffixes: B rows of text, T tokens of one; S slots; K inputs, N outputs of a layer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.errors import UnsupportedModelError
 from specdec.export.options import Method
 from specdec.export.step_io import IoStep
 
@@ -29,6 +30,10 @@ HIDDEN_16 = -100.0
 _NORM = ("Pow", "ReduceMean", "Sqrt", "Reciprocal")
 # Results that are what came in, elsewhere.
 _MOVES = ("Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze")
+#: Inputs that share a scale in 4 bits: the first that divides a layer's.
+_BLOCKS = (64, 32, 16)
+# Of ONNX, the first that knows them.
+_OPSET_OF_BLOCKS = 21
 # Their results have a range by definition.
 _BOUNDED = ("Softmax", "Sigmoid", "Tanh")
 
@@ -84,14 +89,17 @@ def calibrate(graph: Path, given: Iterator[Feed]) -> Ranges:
 
 
 def quantise(graph: Path, ranges: Mapping[str, tuple[float, float]], bits: int, example: Feed, out: Path) -> None:
-    """Write the graph with rounded weights and activations: symmetric scales per output, 16 bits between products."""
+    """Write the graph with rounded weights and activations: symmetric scales, 16 bits between products.
+
+    Weights of 8 bits have a scale per output; those of 4 bits one for each 64 inputs of an output.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize
     from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
 
     model = onnx.load(graph, load_external_data=False)
     constants = {tensor.name for tensor in model.graph.initializer}
-    weights = QuantType.QInt8 if bits == 8 else QuantType.QInt4
+    weights = QuantType.QInt8
     floats = [v.name for v in model.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     known = {name: ranges[name] for name in floats}
     matrices = []
@@ -121,6 +129,56 @@ def quantise(graph: Path, ranges: Mapping[str, tuple[float, float]], bits: int, 
     )
     config.use_external_data_format = True
     quantize(graph, out, config)
+    if bits == 4:
+        _in_blocks(graph, matrices, out)
+
+
+def _in_blocks(graph: Path, matrices: list[str], out: Path) -> None:
+    """Replace 8-bit matrices of a rounded graph by 4-bit ones, `[K, N]` with scales `[K / 64, N]`."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    weights = {tensor.name: tensor for tensor in onnx.load(graph).graph.initializer if tensor.name in set(matrices)}
+    model = onnx.load(out)
+    readers = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    made = []
+    for name, tensor in weights.items():
+        value_KN = numpy_helper.to_array(tensor)
+        size = next((size for size in _BLOCKS if value_KN.shape[0] % size == 0), None)
+        if size is None:
+            raise UnsupportedModelError(
+                f"w4a16 has blocks of {_BLOCKS[-1]} inputs or more, and a layer has {value_KN.shape[0]}"
+            )
+        blocks = value_KN.reshape(-1, size, value_KN.shape[1])
+        scales = np.maximum(np.abs(blocks).max(1), 1e-12).astype(np.float32) / 7
+        codes = np.clip(np.round(blocks / scales[:, None]), -8, 7).astype(np.int8).reshape(value_KN.shape)
+        packed = (codes.reshape(-1, 2)[:, 0] & 15) | (codes.reshape(-1, 2)[:, 1] << 4)
+        made.append(
+            helper.make_tensor(
+                f"{name}_codes", onnx.TensorProto.INT4, codes.shape, packed.astype(np.uint8).tobytes(), raw=True
+            )
+        )
+        made.append(numpy_helper.from_array(scales, f"{name}_scales"))
+        reader = readers[f"{name}_quantized"]
+        reader.CopyFrom(
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{name}_codes", f"{name}_scales"],
+                list(reader.output),
+                name=reader.name,
+                axis=0,
+                block_size=size,
+            )
+        )
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    copies = [type(tensor).FromString(tensor.SerializeToString()) for tensor in kept]
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend([*copies, *made])
+    for opset in model.opset_import:
+        if opset.domain == "":
+            opset.version = _OPSET_OF_BLOCKS
+    onnx.save(model, out, save_as_external_data=True, location=f"{out.name}.data")
 
 
 def _is_exact(node: Any, constants: set[str], model: Any) -> bool:

@@ -159,7 +159,7 @@ def test_weights_of_8_bits_round_and_no_more() -> None:
     assert HALF < float((mine - stock).norm() / stock.norm()) < EIGHT
     assert float((mine.argmax(-1) == stock.argmax(-1)).float().mean()) > 0.8
     alone = rows_of(backend.fork(0), text[:6], 1)
-    assert error(alone, mine[:6]) < HALF  # graphs of different widths have the same ranges
+    assert error(alone, mine[:6]) < EIGHT / 4  # graphs of different widths have the same ranges
     with pytest.raises(InputError, match="calibration text"):
         tiny_artifacts.export(model(), ROUNDED)
 
