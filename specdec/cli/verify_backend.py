@@ -182,6 +182,9 @@ def _faults(arguments: argparse.Namespace, found: Evaluation, recipe: str | None
         faults.append(f"{found.to_reference.agreement:.2%} of first choices are the reference's, not {agreement:.2%}")
     if found.to_reference.sqnr["logits"] < least:
         faults.append(f"the logits are {found.to_reference.sqnr['logits']:.1f} dB from the reference's, not {least:g}")
+    for graph in found.graphs:
+        if graph.distance.agreement < agreement:
+            faults.append(f"{graph.name} has {graph.distance.agreement:.2%} of the first choices of one row a step")
     return faults + [f"a speculative text is not the plain one. {bug}" for bug in found.identity.bugs]
 
 

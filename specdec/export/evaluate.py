@@ -192,7 +192,8 @@ def evaluate(
     run = _Run(artifact, {name: model for name, model in models.items() if model is not None}, kept_RT, told)
     measured = run.measure(len(prompts))
     texts = artifact_texts.greedy(run.decoders, prompts, new_tokens, run.tell)
-    identity = artifact_texts.speculative(run.decoders[ARTIFACT], run.k, prompts, new_tokens, run.tell)
+    rounds = artifact.manifest.options.recipe is not None
+    identity = artifact_texts.speculative(run.decoders[ARTIFACT], run.k, prompts, new_tokens, run.tell, rounds=rounds)
     return Evaluation(**measured, texts=texts, identity=identity, notes=notes)
 
 
