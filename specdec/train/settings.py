@@ -62,7 +62,7 @@ def fast_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type == "cpu":
-        known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
         return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "fp32"
     return "fp32"
 
