@@ -16,7 +16,7 @@ from specdec.kernels import ops
 from specdec.runtime import graph
 from specdec.runtime.backend import stored_as
 from specdec.runtime.backends.eager import EagerBackend
-from specdec.runtime.check import DRAFT_TOLERANCE, TOLERANCE, apart, check_step, compare
+from specdec.runtime.check import DRAFT_TOLERANCE, apart, check_step, compare, tolerance_of
 from specdec.runtime.native import NativeModel, unsupported
 from specdec.runtime.opened import NativeBackend, Opened
 from specdec.runtime.worker import Worker
@@ -34,7 +34,7 @@ class _Shared(Opened):
         self.native = NativeModel(model)
         super().__init__(self.native, stock.capabilities, len(self.native.windows), stock.kv_cache)
         self.stock, self.when = stock, when
-        self.tolerance = DRAFT_TOLERANCE if only_drafts else TOLERANCE[stock.capabilities.dtype]
+        self.tolerance = DRAFT_TOLERANCE if only_drafts else tolerance_of(model, stock.capabilities.dtype)
         self.graph: graph.Graph | None = None
         self.worker: Worker | None = None
         self.failure: str | None = None
