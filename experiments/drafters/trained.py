@@ -80,9 +80,8 @@ def main() -> None:
     text = (
         "# Heads trained from a clean clone\n\nThe embedded target, defaults unless said otherwise; judged on the "
         "built-in prompts, which neither target nor heads have seen: 16 × 64 tokens at temperature 0.\n\n"
-        f"{table(rows)}\n\nCPU seconds are user and system time; where `time` did not run, the "
-        "wall time of one thread, which "
-        "is is at least that. Notes on each run: `experiments/LOG.md`.\n"
+        f"{table(rows)}\n\nCPU seconds are user and system time; where `time` did not run, the wall time of one "
+        "thread, which is at least that. Notes on each run: `experiments/LOG.md`.\n"
     )
     (HERE / "trained.md").write_text(text, encoding="utf-8")
     print(text)
