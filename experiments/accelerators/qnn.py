@@ -30,7 +30,7 @@ from specdec.bench.prompts import read_prompts
 from specdec.export.artifact import ArtifactModel, export
 from specdec.export.htp import SOCS, compile_together
 from specdec.export.manifest import Manifest
-from specdec.export.qnn import QnnOptions
+from specdec.export.qnn import PROGRAM, QnnOptions
 from specdec.loading import EMBEDDED, load_model, load_tokenizer
 from specdec.policy import Fixed
 from specdec.quant.methods import calibration
@@ -73,10 +73,11 @@ def made(model: Any, tokenizer: Any, **options: Any) -> tuple[Path, dict[str, An
     given = QnnOptions(**{**GRAPHS, **options})
     text = calibration.tokens("self", model, tokenizer, rows=16, length=128) if given.recipe != "fp16" else None
     folder = export(model, given, tokenizer=tokenizer, calibration_BT=text, tell=lambda stage: print("  ", stage))
-    about = Manifest.read(folder).about
+    manifest = Manifest.read(folder)
+    about = manifest.about
     compiled = sum(seconds for stage, seconds in about["seconds"].items() if stage.startswith("compile"))
     return folder, {
-        "binary_bytes": about["sizes"]["program_bytes"],
+        "binary_bytes": manifest.files[PROGRAM]["bytes"],
         "float32_bytes": about["sizes"]["weight_bytes"],
         "compile_seconds": round(compiled, 1),
         "export_seconds": about["total_seconds"],

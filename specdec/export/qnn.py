@@ -31,7 +31,8 @@ from specdec.quant.methods.calibration import check_tokens
 #: What goes to the chip: the binary, and for each graph an ONNX file of one node that stands for it.
 DEVICE = "device"
 PROGRAM = f"{DEVICE}/model.bin"
-#: Weights and activations in half precision; weights in 8 or 4 bits with a scale per output, activations in 16.
+#: Weights and activations in half precision; weights in 8 bits with a scale per output or in 4
+#: with one for each 64 inputs, activations in 16.
 RECIPES = ("fp16", "w8a16", "w4a16")
 # Ranges settle soon.
 _MOST_ROWS = 16
@@ -157,6 +158,7 @@ def _rounded(
         for method in options.methods:
             out = Path(aside) / f"{method.name}-rounded.onnx"
             module = step.last_only() if method.one_logit else step
+            assert isinstance(module, IoStep)
             names, values = module.names()[0], module.example(method.width)
             example = {name: value.numpy() for name, value in zip(names, values, strict=True)}
             quantise(files[method.name], ranges, bits, example, out)
