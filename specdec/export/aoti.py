@@ -115,7 +115,7 @@ class AotiExporter(Exporter):
             raise UnsupportedModelError(f"{reason}; use --backend executorch or openvino")
 
     def needs_text(self, options: AotiOptions) -> bool:
-        return options.recipe is not None and _method(Recipe.of(options.recipe)).needs
+        return options.recipe is not None and bool(_method(Recipe.of(options.recipe)).needs)
 
     def store(self, model: Any, options: AotiOptions, calibration_BT: Tensor | None = None) -> Stored | None:
         if options.recipe is None:

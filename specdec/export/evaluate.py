@@ -115,7 +115,8 @@ def calibration_of(artifact: ArtifactModel) -> Tensor | None:
     """Tokens int64 `[B, T]` that the artefact's recipe looked at; None for a recipe that needed none."""
     if CALIBRATION not in artifact.manifest.files:
         return None
-    return load_file(artifact.folder / CALIBRATION)["tokens"].long()
+    tokens: Tensor = load_file(artifact.folder / CALIBRATION)["tokens"]
+    return tokens.long()
 
 
 def rounded_again(artifact: ArtifactModel, target: Any) -> tuple[Any, list[str]]:

@@ -192,7 +192,7 @@ def in_torchao(layer: PackedLinear) -> nn.Linear:
     except ImportError as error:
         raise InputError("recipes need the package torchao: pip install 'specdec[executorch]'") from error
     codes_NK, scales_NG = _whole(layer.format, layer.parts)
-    bits = torch.int8 if layer.format.name == _W8 else torch.int4
+    bits = torch.int8 if layer.format.name == _W8 else getattr(torch, "int4")  # noqa: B009 - newer than torch's stubs
     zeros = torch.zeros(scales_NG.shape, dtype=torch.int8)
     group = (1, codes_NK.shape[1] // scales_NG.shape[1])
     made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -200,7 +200,8 @@ def in_torchao(layer: PackedLinear) -> nn.Linear:
         codes_NK, scales_NG, zeros, bits, group, torch.float32, "int8_asym_per_token"
     )  # fmt: skip
     made.weight = nn.Parameter(weight, requires_grad=False)
-    made.bias = layer.bias
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias, requires_grad=False)
     return made
 
 

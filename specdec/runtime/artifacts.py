@@ -97,7 +97,8 @@ class Program(ABC):
     def slot_bytes(self) -> int:
         """Of one text's keys and values."""
         shapes = self.model.manifest.model["slots"]
-        return sum(h * (k + v) for h, k, v in shapes) * (self.options.num_slots + 1) * self.slot_dtype.itemsize
+        per_slot = sum(int(heads) * (int(key) + int(value)) for heads, key, value in shapes)
+        return per_slot * (int(self.options.num_slots) + 1) * self.slot_dtype.itemsize
 
     def holds(self, text: ArtifactBackend) -> bool:
         """Whether a text has keys and values anywhere."""
@@ -227,7 +228,7 @@ class ArtifactBackend(Backend):
 
     @property
     def bytes_per_token(self) -> int:
-        return self._program.slot_bytes // (self._program.options.num_slots + 1)
+        return self._program.slot_bytes // (int(self._program.options.num_slots) + 1)
 
     def bytes_for(self, length: int) -> int:
         """All of them: a graph's slots do not grow."""
