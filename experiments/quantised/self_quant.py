@@ -52,12 +52,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", help="a folder or a name (the embedded target)")
     parser.add_argument("--prompts", type=int, help="only so many (all)")
+    parser.add_argument("--schemes", nargs="*", default=SCHEMES, help="formats of the draft (all of the table)")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=HERE / "self_quant.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     texts = [prompt.text for prompt in read_prompts(None, args.prompts)]
-    cells = [(stored, dtype, scheme) for stored, dtype, schemes in TARGETS for scheme in schemes]
+    cells = [
+        (stored, dtype, scheme) for stored, dtype, schemes in TARGETS for scheme in schemes if scheme in args.schemes
+    ]
     lines = [row(args.target, *cell, texts, args.tokens) for cell in track(cells, "self_quant", transient=True)]
     heads = ["target", "draft", "bits of a weight"]
     for temperature in TEMPERATURES:

@@ -115,7 +115,7 @@ def test_models_that_no_static_graph_can_hold_are_refused() -> None:
         ({"delegate": "gpu"}, "delegate is one of"),
         ({"prefill_len": 600}, "a graph of more rows"),
         ({"max_nodes": -1}, "max_nodes"),
-        ({"recipe": "w3a3"}, "recipe is 'w3a3'; the executorch backend knows"),
+        ({"recipe": "w3a3"}, "no recipe of the executorch backend is called 'w3a3'"),
     ):
         with pytest.raises(InputError, match=say):
             ExecutorchOptions(**wrong)
