@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {number}" for name, number in provenance.versions().items())
     text = (
         f"# A target that drafts for itself, {datetime.date.today().isoformat()}\n\n"
-        f"`python experiments/quantised/self_quant.py` ({versions}). {args.target or 'Embedded target'}, {len(texts)} "
+        f"`python experiments/quantised/self_quant.py {' '.join(sys.argv[1:])}` ({versions}). {args.target or 'Embedded target'}, {len(texts)} "
         f"built-in prompts, {args.tokens} new tokens, k = {K}.\n\n"
         f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n" + "\n".join(lines) + "\n"
     )
