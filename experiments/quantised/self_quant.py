@@ -66,10 +66,11 @@ def main() -> None:
     heads = ["target", "draft", "bits of a weight"]
     for temperature in TEMPERATURES:
         heads += [f"accepted of drafted, t = {temperature:g}", "tokens per round", "texts as plain"]
+    command = " ".join(["python experiments/quantised/self_quant.py", *sys.argv[1:]])
     versions = ", ".join(f"{name} {number}" for name, number in provenance.versions().items())
     text = (
         f"# A target that drafts for itself, {datetime.date.today().isoformat()}\n\n"
-        f"`python experiments/quantised/self_quant.py {' '.join(sys.argv[1:])}` ({versions}). {args.target or 'Embedded target'}, {len(texts)} "
+        f"`{command}` ({versions}). {args.target or 'Embedded target'}, {len(texts)} "
         f"built-in prompts, {args.tokens} new tokens, k = {K}.\n\n"
         f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n" + "\n".join(lines) + "\n"
     )
