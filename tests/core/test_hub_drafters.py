@@ -76,7 +76,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(loading, "cached_file", made.cached_file)
     monkeypatch.setattr(loading, "snapshot_download", made.snapshot_download)
     monkeypatch.setattr("specdec.drafters.model.load_model", load_model)
-    monkeypatch.setattr(loading, "load_tokenizer", lambda source: None)
+    monkeypatch.setattr(loading, "load_tokenizer", lambda source, trust: None)
     return made
 
 
