@@ -59,7 +59,7 @@ class _Program(HostProgram):
 class QnnBackend(ArtifactBackend):
     """Runs artefacts of `specdec export --backend qnn`.
 
-    Lossless: up to ties, with the model as the HTP computes it in half precision, which is not the float32 one. With 8 or
+    Lossless: up to ties, with the model as the HTP computes it in half precision, not the float32 one. With weights of 8 or
     4 bits graphs of different widths differ by about a percent of the largest logit, and closer choices may differ.
     """
 
