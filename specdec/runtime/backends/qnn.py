@@ -59,8 +59,8 @@ class _Program(HostProgram):
 class QnnBackend(ArtifactBackend):
     """Runs artefacts of `specdec export --backend qnn`.
 
-    Lossless: up to ties, with the model as the HTP computes it in half precision, not the float32 one. With weights of 8 or
-    4 bits graphs of different widths differ by about a percent of the largest logit, and closer choices may differ.
+    Lossless: up to ties, with the model as the HTP computes it in half precision, not in float32. With weights
+    of 8 or 4 bits graphs of different widths differ by about a percent of the largest logit; closer choices may differ.
     """
 
     name = "qnn"
