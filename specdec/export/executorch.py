@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import time
@@ -24,6 +23,7 @@ from specdec.export.exporter import Exporter, Stored, Tell
 from specdec.export.options import Method, Options
 from specdec.export.step import ATTENTIONS, StaticStep, Swap
 from specdec.export.step_io import IoStep
+from specdec.export.versions import tried
 
 PROGRAM = "model.pte"
 #: The graph that exchanges what the slots hold.
@@ -73,17 +73,7 @@ class ExecutorchOptions(Options):
 
 def installed_version() -> str:
     """Of ExecuTorch. Raises `InputError` when it is not there, or was never tried with the torch that is."""
-    try:
-        version = importlib.metadata.version("executorch")
-    except importlib.metadata.PackageNotFoundError:
-        raise InputError(f"the executorch backend needs the package executorch: {_MESSAGE}") from None
-    release, torch_release = (".".join(v.split("+")[0].split(".")[:2]) for v in (version, torch.__version__))
-    if torch_release not in KNOWN.get(release, ()):
-        tried = "; ".join(f"executorch {name} with torch {', '.join(those)}" for name, those in KNOWN.items())
-        raise InputError(
-            f"executorch {version} with torch {torch.__version__} was never tried with specdec: use {tried}"
-        )
-    return version
+    return tried("executorch", KNOWN, _MESSAGE)
 
 
 @contextmanager
