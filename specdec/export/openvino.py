@@ -65,7 +65,7 @@ class _Opened(nn.Module):
     def __init__(self, step: StaticStep):
         super().__init__()
         self.step = step.last_only()
-        self.names = [f"{part}_{index}" for index in range(len(step.shapes)) for part in ("keys", "values")]
+        self.names = step.slot_names
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor, *more: Tensor) -> tuple[Any, ...]:
         masks, held = more[: len(self.step.kinds)], more[len(self.step.kinds) :]

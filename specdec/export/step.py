@@ -121,6 +121,11 @@ class StaticStep(nn.Module):
             own._attn_implementation = _NAME
         self.make_slots()
 
+    @property
+    def slot_names(self) -> list[str]:
+        """Of keys and values of each layer in turn, wherever they are handed about."""
+        return [f"{part}_{index}" for index in range(len(self.shapes)) for part in ("keys", "values")]
+
     def make_slots(self) -> None:
         for index, shape in enumerate(self.shapes):
             for name, size in (("keys", shape.key_size), ("values", shape.value_size)):
@@ -241,7 +246,7 @@ class Swap(nn.Module):
 
     def __init__(self, step: StaticStep):
         super().__init__()
-        self.names = [f"{name}_{index}" for index in range(len(step.shapes)) for name in ("keys", "values")]
+        self.names = step.slot_names
         for name in self.names:
             self.register_buffer(name, getattr(step, name), persistent=False)
 

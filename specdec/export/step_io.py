@@ -114,7 +114,7 @@ class IoStep(StaticStep):
 
     def names(self) -> tuple[list[str], list[str]]:
         """Of inputs and of outputs, in order."""
-        slots = [f"{part}_{index}" for index in range(len(self.shapes)) for part in ("keys", "values")]
+        slots = self.slot_names
         rows = ["row"] if self.one_logit else []
         inputs = ["tokens", "positions", *rows, *(f"mask_{i}" for i in range(len(self.kinds))), *slots]
         return inputs, ["logits", *(["hidden"] if self.hidden else []), *(f"new_{name}" for name in slots)]
