@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +206,29 @@ def test_commands(
     assert "no device NPU here" in capsys.readouterr().err
     assert cli.main(["export", "--backend", "openvino", "--delegate", "xnnpack"]) == 2
     assert "the openvino backend has no option 'delegate'" in capsys.readouterr().err
+
+
+def signal_stack() -> int | None:
+    """Where handlers of signals run in this thread."""
+
+    class Stack(ctypes.Structure):
+        _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.start
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stack for signal handlers is asked for as Linux has it")
+def test_a_signal_still_finds_its_stack_when_models_have_come_and_gone(artifact: ArtifactModel) -> None:
+    OpenvinoBackend.open(artifact)
+    before = signal_stack()
+    first, second = OpenvinoBackend.open(artifact), OpenvinoBackend.open(artifact)
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+    assert signal_stack() == before
 
 
 def test_every_kind_of_attention_is_converted() -> None:

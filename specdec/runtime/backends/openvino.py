@@ -9,6 +9,7 @@ Shape suffixes: T rows of a graph, S its slots, V vocabulary, W width of hidden 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,19 @@ from specdec.runtime.artifacts import ArtifactBackend, Inputs, Program
 # Everything is computed as the graph says: in float32, with activations as they are.
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 _FIXED_SHAPES = ("NPU",)
+
+
+@cache
+def _core() -> Any:
+    """OpenVINO's entry, one for the process, which stays to its end.
+
+    Two of them do not go well together: each has the CPU plugin set a stack for signal handlers and put the former one
+    back when it goes. Of two that go in the order in which they came, the second puts back what the first has freed,
+    and the next signal, a Ctrl-C, is a segmentation fault (seen with OpenVINO 2026.4).
+    """
+    import openvino as ov
+
+    return ov.Core()
 
 
 def _kind(device: str) -> str:
@@ -62,11 +76,8 @@ class _Program(Program):
 
     def __init__(self, model: ArtifactModel, device: str | None = None, fixed_shapes: bool | None = None):
         installed_version()
-        import openvino as ov
-
         super().__init__(model)
-        self._core = ov.Core()
-        self.name = choose_device(device or self.options.device, self._core.available_devices)
+        self.name = choose_device(device or self.options.device, _core().available_devices)
         self._fixed = _kind(self.name) in _FIXED_SHAPES if fixed_shapes is None else fixed_shapes
         self._masks = mask_names(len(self.kinds))
         graph = self._read()
@@ -83,7 +94,7 @@ class _Program(Program):
     def _read(self) -> Any:
         path = self.model.folder / PROGRAM
         try:
-            return self._core.read_model(path)
+            return _core().read_model(path)
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [""])[-1]
             raise ArtifactError(f"{self.model.folder}: {PROGRAM} cannot be read ({reason}); export again") from error
@@ -96,7 +107,7 @@ class _Program(Program):
         return graph
 
     def _compile(self, graph: Any) -> Any:
-        known = set(self._core.get_property(self.name, "SUPPORTED_PROPERTIES"))
+        known = set(_core().get_property(self.name, "SUPPORTED_PROPERTIES"))
         wanted: dict[str, Any] = {**_EXACT, "PERFORMANCE_HINT": "LATENCY"}
         if _kind(self.name) == "CPU":
             wanted["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
@@ -104,7 +115,7 @@ class _Program(Program):
             wanted["CACHE_DIR"] = str(cache_folder() / "openvino")
         if _kind(self.name) == "NPU":
             del wanted["INFERENCE_PRECISION_HINT"]  # has half precision only
-        return self._core.compile_model(graph, self.name, {k: v for k, v in wanted.items() if k in known})
+        return _core().compile_model(graph, self.name, {k: v for k, v in wanted.items() if k in known})
 
     @property
     def describes(self) -> str:
