@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 # Flags that only some backends know, as fields of their options.
-_OWN = ("attention", "delegate", "device", "kv", "recipe", "soc")
+_OWN = ("attention", "delegate", "device", "kv", "parts", "recipe", "soc")
 
 _EXAMPLES = """\
 examples:
@@ -73,6 +73,11 @@ def add_parser(subparsers: Any) -> None:
         help="hidden states that graphs return, for drafters that read them (eagle, medusa, parallel)",
     )  # fmt: skip
     own = parser.add_argument_group("what only some backends know")
+    own.add_argument(
+        "--parts", type=int, metavar="N",
+        help="executorch, qnn: spread the layers over N programs that run in turn, each below what a device takes at "
+        "once (default: 1)",
+    )  # fmt: skip
     own.add_argument(
         "--recipe", metavar="NAME",
         help="how weights are stored (default: as they are); executorch: int8, w4a8, w4a8-head8, w4a8-head8-gptq, … "

@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from typing_extensions import Self
 
 from specdec.errors import InputError
 from specdec.export import recipes
 from specdec.export.delegates import DELEGATES, partitioners
-from specdec.export.exporter import Exporter, Stored, Tell
+from specdec.export.exporter import Exporter, Stored, Tell, together
 from specdec.export.options import Method, Options
+from specdec.export.sections import Span, numbered
 from specdec.export.step import ATTENTIONS, StaticStep, Swap
 from specdec.export.step_io import IoStep
 from specdec.export.versions import tried
@@ -114,6 +116,11 @@ class _Steps(StaticStep):
         given = IoStep(model, options.num_slots, hidden=options.hidden) if options.kv == "both" else None
         self.given = (given,)  # in a tuple, so that it is no part of this module
 
+    def part(self, span: Span) -> Self:
+        twin = super().part(span)
+        twin.given = (self.given[0] and self.given[0].part(span),)
+        return twin
+
 
 def trace(step: StaticStep, options: ExecutorchOptions, tell: Tell = lambda _: None) -> dict[str, ExportedProgram]:
     """One exported program per graph of the options, and the one that exchanges what the slots hold."""
@@ -200,6 +207,7 @@ class ExecutorchExporter(Exporter):
     name = "executorch"
     options = ExecutorchOptions
     program = PROGRAM
+    parts = True
 
     def versions(self) -> dict[str, str]:
         return {"executorch": installed_version()}
@@ -229,14 +237,20 @@ class ExecutorchExporter(Exporter):
         """Seconds by stage, and what the delegate took. Minutes for a dozen layers."""
         load_operators()
         partitioners(options.delegate)  # refuses before anything is spent
-        seconds, started = {}, time.perf_counter()
-        programs = trace(step, options, tell)
-        seconds["trace"], started = time.perf_counter() - started, time.perf_counter()
-        tell(f"lowering {len(programs)} graphs of {len(step.shapes)} layers to {options.delegate}")
-        lowered = Lowered(programs, options, contract)
-        seconds["lower"], started = time.perf_counter() - started, time.perf_counter()
-        coverage = lowered.coverage()
-        tell("writing the program")
-        lowered.write(folder / PROGRAM)
-        seconds["write"] = time.perf_counter() - started
-        return {"seconds": {name: round(value, 2) for name, value in seconds.items()}, "coverage": coverage}
+        seconds, coverage = dict.fromkeys(("trace", "lower", "write"), 0.0), []
+        for index, part in enumerate(step.in_parts(options.parts)):
+            if options.parts > 1:
+                tell(f"part {index + 1} of {options.parts}")
+            started = time.perf_counter()
+            programs = trace(part, options, tell)
+            traced = time.perf_counter()
+            tell(f"lowering {len(programs)} graphs of {len(part.layers)} layers to {options.delegate}")
+            lowered = Lowered(programs, options, contract)
+            done = time.perf_counter()
+            coverage.append(lowered.coverage())
+            tell("writing the program")
+            lowered.write(folder / numbered(PROGRAM, index))
+            for name, value in (("trace", traced - started), ("lower", done - traced)):
+                seconds[name] += value
+            seconds["write"] += time.perf_counter() - done
+        return {"seconds": {name: round(value, 2) for name, value in seconds.items()}, "coverage": together(coverage)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec.errors import InputError
 from specdec.export.options import Options
+from specdec.export.sections import spans
 from specdec.export.step import StaticStep
 
 #: Where each backend's exporter stands. Imported when it is wanted: most need a package that is an extra.
@@ -46,6 +47,7 @@ class Exporter(ABC):
     options: ClassVar[type[Options]]
     program: ClassVar[str]  # the file without which a folder is no artefact of this backend
     dtype: ClassVar[torch.dtype] = torch.float32  # of the model that an export starts from
+    parts: ClassVar[bool] = False  # whether layers may be spread over several programs
     real_time: ClassVar[bool] = True  # whether graphs run here as fast as they will; an emulator's do not
 
     @abstractmethod
@@ -70,6 +72,9 @@ class Exporter(ABC):
         bad = [i for i in options.hidden if not 0 <= i <= config.num_hidden_layers]
         if bad:
             raise InputError(f"hidden state {bad[0]}: the model has those from 0 to {config.num_hidden_layers}")
+        if options.parts > 1 and not self.parts:
+            raise InputError(f"a program for {self.name} is one part, and parts={options.parts} is given: leave it out")
+        spans(config.num_hidden_layers, options.parts)
 
     def needs_text(self, options: Any) -> bool:
         """Whether the recipe looks at activations on a calibration text."""
@@ -91,6 +96,13 @@ class Exporter(ABC):
         self, step: StaticStep, options: Any, contract: Mapping[str, Any], folder: Path, tell: Tell
     ) -> dict[str, Any]:
         """Write the program into the folder. Returns what the manifest says about it, `seconds` by stage among it."""
+
+
+def together(coverage: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """What a delegate took of each graph, over all parts."""
+    return {
+        name: {what: sum(one[name][what] for one in coverage) for what in coverage[0][name]} for name in coverage[0]
+    }
 
 
 def exporter(name: str) -> Exporter:

@@ -28,7 +28,7 @@ class Options:
     `k`: drafted tokens per verification, one graph of k + 1 rows for each; 0 is plain decoding. `max_seq_len`: the
     artefact's context; behind it there is room for the nodes of trees of at most `max_nodes`. `hidden`: states of the
     target that graphs return, for drafters that read them. `recipe`: how weights are stored, None: as they are; each
-    backend has names of its own.
+    backend has names of its own. `parts`: programs that the layers are spread over, which run in turn.
     """
 
     backend: ClassVar[str] = ""
@@ -39,10 +39,13 @@ class Options:
     max_nodes: int = 32
     hidden: tuple[int, ...] = ()
     recipe: str | None = None
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.prefill_len < 1 or self.max_seq_len < 2:
             raise InputError("prefill_len is a whole number >= 1, and max_seq_len one >= 2")
+        if self.parts < 1:
+            raise InputError(f"parts is a whole number >= 1, not {self.parts}")
         if self.max_nodes < 0:
             raise InputError(f"max_nodes is a whole number >= 0, not {self.max_nodes}")
         if not self.k or any(k < 0 for k in self.k):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.export import htp, onnx_graphs
 from specdec.export.executorch import quietly
-from specdec.export.exporter import Exporter, Stored, Tell
+from specdec.export.exporter import Exporter, Stored, Tell, together
 from specdec.export.options import Options
 from specdec.export.qnn_quantise import HIDDEN_16, calibrate, feeds, quantise
 from specdec.export.recipes import digest_of
@@ -52,6 +52,8 @@ class QnnOptions(Options):
         object.__setattr__(self, "recipe", self.recipe or "fp16")
         object.__setattr__(self, "soc", htp.soc_of(self.soc).name)
         self.check_recipe(RECIPES)
+        if self.parts > 1 and self.recipe != "fp16":
+            raise InputError(f"ranges are found over the whole model: the recipe {self.recipe} takes no parts")
 
     @property
     def hidden_score(self) -> float:
@@ -68,6 +70,7 @@ class QnnExporter(Exporter):
     name = "qnn"
     options = QnnOptions
     program = PROGRAM
+    parts = True
     real_time = False
 
     def __init__(self) -> None:
@@ -108,29 +111,56 @@ class QnnExporter(Exporter):
     ) -> dict[str, Any]:
         """Seconds by stage and graph, and what the HTP took: all of it, or there is no artefact."""
         assert isinstance(step, IoStep)
-        seconds: dict[str, float] = {}
-        models: dict[str, Any] = {}
-        for method in options.methods:
-            tell(f"tracing {method.name}")
-            started = time.perf_counter()
-            models[method.name] = onnx_graphs.trace(step, method)
-            seconds[f"trace {method.name}"] = time.perf_counter() - started
-        if options.recipe != "fp16":
-            models = _rounded(step, options, models, seconds, tell)
-        files = onnx_graphs.save(models, folder, contract)
-        counts = {name: onnx_graphs.operators(model.graph.node) for name, model in models.items()}
-        (folder / DEVICE).mkdir()
-        soc = htp.soc_of(options.soc)
-        tell(f"compiling {len(files)} graphs of {len(step.shapes)} layers for {soc.name}")
-        taken: dict[str, float] = {}
-        made = htp.compile_together(files, soc, folder / DEVICE, taken)
-        seconds |= {f"compile {name}": value for name, value in taken.items()}
-        coverage = _one_binary(made, folder / PROGRAM, contract, counts)
+        soc, seconds = htp.soc_of(options.soc), dict[str, float]()
+        coverage = []
+        for index, part in enumerate(step.in_parts(options.parts)):
+            place = folder / part_folder(index)
+            place.mkdir(exist_ok=True)
+            if options.parts > 1:
+                tell(f"part {index + 1} of {options.parts}")
+            coverage.append(_compiled(part, options, contract, place, seconds, tell))
         return {
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
-            "coverage": coverage,
+            "coverage": together(coverage),
             "soc": {"name": soc.name, "product": soc.product, "htp_arch": soc.arch, "soc_model": soc.model},
         }
+
+
+def part_folder(index: int) -> str:
+    """Where the graphs of a part stand in the artefact: the first at its top."""
+    return f"part_{index}" if index else "."
+
+
+def _compiled(
+    step: IoStep,
+    options: QnnOptions,
+    contract: Mapping[str, Any],
+    folder: Path,
+    seconds: dict[str, float],
+    tell: Tell,
+) -> dict[str, dict[str, int]]:
+    """One part: its graphs as ONNX files, and one binary of all. Coverage by graph; times are added to `seconds`."""
+
+    def took(what: str, value: float) -> None:
+        seconds[what] = seconds.get(what, 0.0) + value
+
+    models: dict[str, Any] = {}
+    for method in options.methods:
+        tell(f"tracing {method.name}")
+        started = time.perf_counter()
+        models[method.name] = onnx_graphs.trace(step, method)
+        took(f"trace {method.name}", time.perf_counter() - started)
+    if options.recipe != "fp16":
+        models = _rounded(step, options, models, seconds, tell)
+    files = onnx_graphs.save(models, folder, contract)
+    counts = {name: onnx_graphs.operators(model.graph.node) for name, model in models.items()}
+    (folder / DEVICE).mkdir()
+    tell(f"compiling {len(files)} graphs of {len(step.layers)} layers for {options.soc}")
+    taken: dict[str, float] = {}
+    made = htp.compile_together(files, htp.soc_of(options.soc), folder / DEVICE, taken)
+    for name, value in taken.items():
+        took(f"compile {name}", value)
+    return _one_binary(made, folder / PROGRAM, contract, counts)
 
 
 def _bits(options: QnnOptions) -> int:

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache
+from typing_extensions import Self
 
 from specdec.errors import InputError, UnsupportedModelError
+from specdec.export.sections import Span, spans
 from specdec.runtime.cache import check_rewindable, layer_types
 from specdec.runtime.copies import shared_copy
 from specdec.runtime.native import Passing, check_call
+from specdec.runtime.parts import Section
 
 _NAME = "specdec_static"
 #: How attention is written down: "custom" by ExecuTorch's operators for language models, "plain" in core operators.
@@ -114,6 +117,7 @@ class StaticStep(nn.Module):
         self.num_slots, self.hidden, self.attention = num_slots, tuple(hidden), attention
         self.kinds = tuple(sorted(set(types)))
         self.shapes = layer_shapes(model)
+        self.layers = range(len(self.shapes))
         if len(self.shapes) != len(types):
             raise UnsupportedModelError(f"{type(model).__name__} shares keys and values between layers")
         self.model = shared_copy(model, frozen=True)
@@ -124,7 +128,7 @@ class StaticStep(nn.Module):
     @property
     def slot_names(self) -> list[str]:
         """Of keys and values of each layer in turn, wherever they are handed about."""
-        return [f"{part}_{index}" for index in range(len(self.shapes)) for part in ("keys", "values")]
+        return [f"{part}_{index}" for index in self.layers for part in ("keys", "values")]
 
     def make_slots(self) -> None:
         for index, shape in enumerate(self.shapes):
@@ -198,6 +202,26 @@ class StaticStep(nn.Module):
         mixed = scores.softmax(-1).view(keys.shape[2], -1, keys.shape[1]) @ values[0].transpose(0, 1)
         return mixed.view(1, heads, rows_count, -1).transpose(1, 2).contiguous()
 
+    @property
+    def ends(self) -> bool:
+        """Whether it gives logits; a part that does not gives the states that the next one takes for tokens."""
+        return self.layers.stop == len(self.shapes)
+
+    def part(self, span: Span) -> Self:
+        """Some of the layers by themselves, on the same tensors."""
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "model": Section(self.model, span.layers, span.hidden)}
+        twin.layers, twin.hidden = span.layers, span.hidden
+        own = set(twin.slot_names)
+        twin._buffers = {name: tensor for name, tensor in self._buffers.items() if name in own}
+        twin._non_persistent_buffers_set = own & self._non_persistent_buffers_set
+        return twin
+
+    def in_parts(self, count: int) -> list[Self]:
+        """Steps that do the same in turn; itself where one is wanted. `InputError` for more than there are layers."""
+        found = spans(len(self.shapes), count, self.hidden)
+        return [self] if count == 1 else [self.part(span) for span in found]
+
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         rows, masks = (more[0], more[1:]) if self.one_logit else (0, more)
         return self.run(tokens, positions, rows, masks, _Call(self, slots))
@@ -205,10 +229,10 @@ class StaticStep(nn.Module):
     def run(
         self, tokens: Tensor, positions: Tensor, rows: Tensor | int, masks: Sequence[Tensor], call: _Call
     ) -> tuple[Tensor, ...]:
-        """The model on these rows: logits, and hidden states where they are wanted."""
+        """The model on these rows: logits, and hidden states where they are wanted. Later parts take states."""
         named = {kind: mask[None, None] for kind, mask in zip(self.kinds, masks, strict=True)}
         out = self.model(
-            input_ids=tokens[None],
+            **{"features" if self.layers.start else "input_ids": tokens[None]},
             position_ids=positions[None],
             attention_mask=named if len(named) > 1 else next(iter(named.values())),
             past_key_values=Cache(layers=[Passing() for _ in self.shapes]),
@@ -220,17 +244,24 @@ class StaticStep(nn.Module):
         states = (torch.cat([out.hidden_states[i][0] for i in self.hidden], -1),) if self.hidden else ()
         return (out.logits[0], *states)
 
-    def last_only(self) -> StaticStep:
-        """The same step, on the same tensors, that gives the logits of one row."""
+    def last_only(self) -> Self:
+        """The same step, on the same tensors, that gives the logits of one row. Parts without any stay as is."""
         twin = copy.copy(self)
-        twin.one_logit = True
+        twin.one_logit = self.ends
         return twin
 
     def example(self, width: int) -> tuple[Tensor, ...]:
         """Inputs of a graph of that width."""
         masks = [torch.zeros(width, self.num_slots + 1) for _ in self.kinds]
         rows = [torch.zeros(1, dtype=torch.int64)] if self.one_logit else []
-        return (torch.zeros(width, dtype=torch.int64), torch.arange(width), torch.arange(width), *rows, *masks)
+        return (self.first_input(width, torch.int64), torch.arange(width), torch.arange(width), *rows, *masks)
+
+    def first_input(self, width: int, integers: torch.dtype) -> Tensor:
+        """Tokens, or of a later part the states `[T, H]` that come from the one before."""
+        if not self.layers.start:
+            return torch.zeros(width, dtype=integers)
+        size = self.model.config.get_text_config(decoder=True).hidden_size
+        return torch.zeros(width, int(size), dtype=self.model.dtype)
 
     @property
     def bytes_per_token(self) -> int:

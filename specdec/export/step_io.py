@@ -62,7 +62,8 @@ class IoStep(StaticStep):
         softcap: float | None,
     ) -> Tensor:
         """Over slots and rows, without putting the two together: that would copy the slots at every step."""
-        keys_KDS, values_KSD = call.held[2 * layer : 2 * layer + 2]
+        first = 2 * (layer - self.layers.start)
+        keys_KDS, values_KSD = call.held[first : first + 2]
         own_KDT, own_KTD = key[0].transpose(1, 2), value[0]
         call.new += [own_KDT, own_KTD]
         heads, rows, size = query.shape[1:]
@@ -101,13 +102,13 @@ class IoStep(StaticStep):
     def empty(self) -> tuple[Tensor, ...]:
         """Keys and values of a text that has none yet."""
         made: list[Tensor] = []
-        for shape in self.shapes:
+        for shape in self.shapes[self.layers.start : self.layers.stop]:
             made.append(torch.zeros(shape.heads, shape.key_size, self.num_slots, dtype=self.model.dtype))
             made.append(torch.zeros(shape.heads, self.num_slots, shape.value_size, dtype=self.model.dtype))
         return tuple(made)
 
     def example(self, width: int) -> tuple[Tensor, ...]:
-        numbers = [torch.zeros(width, dtype=torch.int32), torch.arange(width, dtype=torch.int32)]
+        numbers = [self.first_input(width, torch.int32), torch.arange(width, dtype=torch.int32)]
         rows = [torch.zeros(1, dtype=torch.int32)] if self.one_logit else []
         masks = [torch.zeros(width, self.num_slots + width, dtype=self.model.dtype) for _ in self.kinds]
         return (*numbers, *rows, *masks, *self.empty())
@@ -116,8 +117,9 @@ class IoStep(StaticStep):
         """Of inputs and of outputs, in order."""
         slots = self.slot_names
         rows = ["row"] if self.one_logit else []
-        inputs = ["tokens", "positions", *rows, *(f"mask_{i}" for i in range(len(self.kinds))), *slots]
-        return inputs, ["logits", *(["hidden"] if self.hidden else []), *(f"new_{name}" for name in slots)]
+        first, result = "states" if self.layers.start else "tokens", "logits" if self.ends else "next_states"
+        inputs = [first, "positions", *rows, *(f"mask_{i}" for i in range(len(self.kinds))), *slots]
+        return inputs, [result, *(["hidden"] if self.hidden else []), *(f"new_{name}" for name in slots)]
 
 
 class _Table(nn.Module):

@@ -23,7 +23,7 @@ from specdec.errors import InputError
 from specdec.export.exporter import Tell
 from specdec.export.options import Options
 from specdec.runtime.cache import layer_types
-from specdec.runtime.parts import _layers_path, _with_layers
+from specdec.runtime.parts import layers_path, with_layers_at
 
 #: Rows of the graphs that are timed; costs between them lie on lines. Tiles of 4, 7 and 8 end among them.
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 14, 15, 16)
@@ -39,10 +39,10 @@ _MOST_READ = 256 << 20
 
 def first_layers(model: Any, count: int) -> Any:
     """The model with its first layers only, on the same tensors. `UnsupportedModelError` where they have no list."""
-    path, config = _layers_path(model), copy.deepcopy(model.config)
+    path, config = layers_path(model), copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
     kinds = layer_types(text)[:count]
-    cut = _with_layers(model, path, model.get_submodule(path)[:count], kinds)
+    cut = with_layers_at(model, path, model.get_submodule(path)[:count], kinds)
     text.num_hidden_layers = count
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = list(kinds)

@@ -1,4 +1,4 @@
-"""The lower and the upper part of a model: shallow copies with the first, or the remaining, of its own layers.
+"""Parts of a model: shallow copies with the first, the remaining, or any in a row of its own layers.
 
 Shape suffixes: M rows of one step, L rows whose logits are wanted, V vocabulary, H hidden size.
 """
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -27,8 +28,8 @@ class _Wire(threading.local):
         return _Wire()
 
 
-class _Exit(nn.Module):
-    """Stands behind the last layer of the lower part, and keeps what passes."""
+class Exit(nn.Module):
+    """Stands between layers, and keeps what passes."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -39,8 +40,8 @@ class _Exit(nn.Module):
         return hidden_states
 
 
-class _Entry(nn.Module):
-    """Stands before the first layer of the upper part: what comes from the embeddings ends here, exit states go on."""
+class Entry(nn.Module):
+    """Stands before a part's first layer: what comes from the embeddings ends here, the states given it go on."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -52,11 +53,11 @@ class _Entry(nn.Module):
 
 
 class PartOutput(NamedTuple):
-    logits: Tensor  # [1, L, V]
+    logits: Tensor  # [1, L, V]; of a section that does not end the model, what goes on, [1, M, H]
     hidden_states: dict[int, Tensor]  # by `transformers`' index, `[1, M, H]`
 
 
-def _layers_path(model: Any) -> str:
+def layers_path(model: Any) -> str:
     """Where the list of layers stands whose attention layers index the cache as the list does."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
 
@@ -73,7 +74,7 @@ def _layers_path(model: Any) -> str:
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no single list of its {count} layers, each of which knows its place in the "
-            "cache: it cannot be cut in two. Use another drafter; 'self_quant' needs no list of layers"
+            "cache: it cannot be cut. Of the drafters that share the target's weights, 'self_quant' needs no such list"
         )
     return str(found[0])
 
@@ -85,20 +86,27 @@ def _shallow(module: nn.Module) -> Any:
     return twin
 
 
-def _with_layers(model: Any, path: str, layers: Sequence[nn.Module], kinds: Sequence[str]) -> Any:
-    """A copy of the modules on the way to the list, with other layers in it; everything else is the model's own."""
+def with_module(model: Any, path: str, module: nn.Module) -> Any:
+    """A copy of the modules on the way to `path`, with another one there; everything else is the model's own."""
     root = twin = _shallow(model)
     *parents, leaf = path.split(".")
     for name in parents:
         child = _shallow(twin._modules[name])
         twin._modules[name] = child
         twin = child
-    twin._modules[leaf] = nn.ModuleList(layers)
-    config = copy.deepcopy(twin.config)
+    twin._modules[leaf] = module
+    return root
+
+
+def with_layers_at(model: Any, path: str, layers: Sequence[nn.Module], kinds: Sequence[str]) -> Any:
+    """Such a copy with other layers in the list at `path`."""
+    root = with_module(model, path, nn.ModuleList(layers))
+    holder = root.get_submodule(path.rpartition(".")[0])
+    config = copy.deepcopy(holder.config)
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = list(kinds)
-    twin.config = config
+    holder.config = config
     return root
 
 
@@ -109,10 +117,10 @@ class LowerPart(DerivedModel):
     """
 
     def __init__(self, model: Any, exit_layer: int):
-        path, kinds = _layers_path(model), layer_types(model.config.get_text_config(decoder=True))
-        tap = _Exit(kinds[exit_layer - 1])
+        path, kinds = layers_path(model), layer_types(model.config.get_text_config(decoder=True))
+        tap = Exit(kinds[exit_layer - 1])
         layers = [*model.get_submodule(path)[:exit_layer], tap]
-        inner = _with_layers(model, path, layers, (*kinds[:exit_layer], kinds[exit_layer - 1]))
+        inner = with_layers_at(model, path, layers, (*kinds[:exit_layer], kinds[exit_layer - 1]))
         super().__init__(model, inner, {"exit_layer": exit_layer})
         self.exit_layer, self.tap = exit_layer, tap
 
@@ -140,10 +148,10 @@ class UpperPart(DerivedModel):
     """
 
     def __init__(self, model: Any, exit_layer: int):
-        path, kinds = _layers_path(model), layer_types(model.config.get_text_config(decoder=True))
-        tap = _Entry(kinds[exit_layer])
+        path, kinds = layers_path(model), layer_types(model.config.get_text_config(decoder=True))
+        tap = Entry(kinds[exit_layer])
         layers = [tap, *model.get_submodule(path)[exit_layer:]]
-        inner = _with_layers(model, path, layers, (kinds[exit_layer], *kinds[exit_layer:]))
+        inner = with_layers_at(model, path, layers, (kinds[exit_layer], *kinds[exit_layer:]))
         super().__init__(model, inner, {"exit_layer": exit_layer})
         self.input_width = int(model.config.get_text_config(decoder=True).hidden_size)
         self.tap = tap
@@ -166,3 +174,87 @@ class UpperPart(DerivedModel):
             return PartOutput(self.inner(logits_to_keep=logits_to_keep, **given).logits, {})
         finally:
             wire.states = None
+
+
+class _NoEmbeddings(nn.Module):
+    """In place of embeddings whose result nobody reads, so that their table is no part of what is written out."""
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.width, self.dtype = width, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.zeros(*tokens.shape, self.width, dtype=self.dtype, device=tokens.device)
+
+
+class Section(nn.Module):
+    """Layers in a row of a model, which is run by several of them in turn.
+
+    One that begins behind the first layer takes `features [1, M, H]` and has no embeddings; one that ends before the
+    last gives those of the next in place of logits, and has no head. `hidden`: states that it gives besides, by
+    `transformers`' index; from 0 in the first, up to the last in the last, and otherwise those between its layers.
+    """
+
+    def __init__(self, model: Any, layers: range, hidden: Sequence[int] = ()):
+        super().__init__()
+        config = model.config.get_text_config(decoder=True)
+        path, kinds = layers_path(model), layer_types(config)
+        self.starts, self.ends = layers.start == 0, layers.stop == len(kinds)
+        self.hidden, self.stop = tuple(hidden), layers.stop
+        taps = [i for i in self.hidden if i < layers.stop] + ([] if self.ends else [layers.stop])
+        self.exits = {i: Exit(kinds[max(i - 1, 0)]) for i in taps}
+        self.entry = None if self.starts else Entry(kinds[layers.start])
+        stack: list[tuple[nn.Module, str]] = [] if self.entry is None else [(self.entry, self.entry.attention_type)]
+        for i in (*layers, layers.stop):
+            if i in self.exits:
+                stack.append((self.exits[i], self.exits[i].attention_type))
+            if i in layers:
+                stack.append((model.get_submodule(path)[i], kinds[i]))
+        inner = with_layers_at(model, path, [module for module, _ in stack], [kind for _, kind in stack])
+        names = {id(module): name for name, module in model.named_modules()}
+        if not self.starts:
+            nothing = _NoEmbeddings(int(config.hidden_size), model.dtype)
+            inner = with_module(inner, names[id(model.get_input_embeddings())], nothing)
+        if not self.ends:
+            inner = with_module(inner, names[id(model.get_output_embeddings())], nn.Identity())
+        self.inner, self.config = inner, model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.inner.dtype
+        return dtype
+
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
+    def _forget(self) -> None:
+        for tap in self.exits.values():
+            tap.wire.states = None
+        if self.entry is not None:
+            self.entry.wire.states = None
+
+    def forward(
+        self,
+        *,
+        position_ids: Tensor,
+        input_ids: Tensor | None = None,
+        features: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **given: Any,
+    ) -> PartOutput:
+        normed = self.ends and self.stop in self.hidden  # the last state is what the head reads
+        try:
+            if self.entry is not None:
+                self.entry.wire.states, input_ids = features, torch.zeros_like(position_ids)
+            out = self.inner(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                **given,
+                **({"output_hidden_states": True} if normed else {}),
+            )
+            states = {i: kept for i, tap in self.exits.items() if (kept := tap.wire.states) is not None}
+        finally:
+            self._forget()
+        if normed:
+            states[self.stop] = out.hidden_states[-1]
+        return PartOutput(out.logits if self.ends else states[self.stop], states)

@@ -21,6 +21,7 @@ from specdec.export.delegates import check_runtime
 from specdec.export.executorch import PROGRAM, SWAP
 from specdec.export.manifest import ArtifactError
 from specdec.export.options import Method
+from specdec.export.sections import in_turn, numbered, spans, swapped
 from specdec.export.step import HIDDEN
 from specdec.runtime.artifacts import ArtifactBackend, Inputs, Program
 from specdec.runtime.hosted import HostProgram
@@ -41,21 +42,39 @@ class _Loaded(Program):
             portable_lib._unsafe_reset_threadpool(torch.get_num_threads())  # unsafe beside a program that runs
         runtime = Runtime.get()
         check_runtime(self.options.delegate, runtime.backend_registry.registered_backend_names, model.folder)
-        program = runtime.load_program(model.folder / PROGRAM)
-        if executorch.CONTRACT not in program.method_names:
-            raise ArtifactError(f"{model.folder}: {PROGRAM} carries no contract; export the model again")
-        inside = _method(program, executorch.CONTRACT, model.folder).execute(())[0]
-        model.manifest.check_contract(model.folder, inside)
-        self._methods = {name: _method(program, name, model.folder) for name in names}
-        self._program = program
+        shapes = model.manifest.model["slots"]
+        self.parts = spans(len(shapes), self.options.parts, self.options.hidden)
+        self._programs, self._methods = [], []
+        for index in range(len(self.parts)):
+            file = numbered(PROGRAM, index)
+            if file not in model.manifest.files:
+                raise ArtifactError(f"{model.folder}: the manifest lists no {file}; export the model again")
+            program = runtime.load_program(model.folder / file)
+            if executorch.CONTRACT not in program.method_names:
+                raise ArtifactError(f"{model.folder}: {file} carries no contract; export the model again")
+            inside = _method(program, executorch.CONTRACT, model.folder, file).execute(())[0]
+            model.manifest.check_contract(model.folder, inside)
+            self._methods.append({name: _method(program, name, model.folder, file) for name in names})
+            self._programs.append(program)
         _loaded.add(self)
 
     @property
     def describes(self) -> str:
-        return f"executorch on {self.options.delegate}"
+        parts = f" in {len(self.parts)} parts" if len(self.parts) > 1 else ""
+        return f"executorch on {self.options.delegate}{parts}"
 
-    def call(self, name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(self._methods[name].execute(inputs))
+    def call(self, name: str, inputs: Sequence[Tensor], num_held: int = 0) -> tuple[Tensor, ...]:
+        """One graph, through all parts. The last `num_held` inputs are keys and values that it is given."""
+        if len(self.parts) == 1:
+            return tuple(self._methods[0][name].execute(inputs))
+
+        def run(index: int, own: Sequence[Tensor]) -> Sequence[Tensor]:
+            out: Sequence[Tensor] = self._methods[index][name].execute(own)
+            return out
+
+        if name == SWAP:
+            return swapped(self.parts, run, inputs)
+        return in_turn(self.parts, run, inputs, num_held, len(self.kinds), self.options.hidden)
 
 
 class _Owning(_Loaded):
@@ -79,7 +98,12 @@ class _Owning(_Loaded):
             for mask in inputs.masks:
                 mask.fill_(HIDDEN)[:, 0] = 0
             self.call(method.name, inputs.all)
-            if not any(bool(held[0, 0].any()) for held in self.call(SWAP, self._empty)):
+            held, first = self.call(SWAP, self._empty), 0
+            written = []
+            for span in self.parts:
+                written.append(any(bool(tensor[0, 0].any()) for tensor in held[first : first + span.num_slots]))
+                first += span.num_slots
+            if not all(written):
                 raise ArtifactError(
                     f"{self.model.folder}: what {method.name} writes is not there for the other graphs: the program "
                     "was exported without common buffers. Export the model again"
@@ -128,15 +152,15 @@ class _Given(HostProgram, _Loaded):
         return f"{super().describes}, {self.updater.name}"
 
     def run_graph(self, method: Method, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.call(executorch.host_graph(method), inputs)
+        return self.call(executorch.host_graph(method), inputs, len(self._rooms))
 
 
 _loaded: weakref.WeakSet[_Loaded] = weakref.WeakSet()
 
 
-def _method(program: Any, name: str, folder: Path) -> Any:
+def _method(program: Any, name: str, folder: Path, file: str) -> Any:
     if name not in program.method_names:
-        raise ArtifactError(f"{folder}: {PROGRAM} has no graph {name!r}, which the manifest promises; export again")
+        raise ArtifactError(f"{folder}: {file} has no graph {name!r}, which the manifest promises; export again")
     return program.load_method(name)
 
 

@@ -18,7 +18,8 @@ from specdec.export.artifact import ArtifactModel
 from specdec.export.manifest import ArtifactError
 from specdec.export.onnx_graphs import CONTRACT
 from specdec.export.options import Method
-from specdec.export.qnn import installed_version
+from specdec.export.qnn import installed_version, part_folder
+from specdec.export.sections import in_turn, spans
 from specdec.runtime.artifacts import ArtifactBackend, Program
 from specdec.runtime.hosted import HostProgram, host_updater
 from specdec.runtime.updaters import Updater
@@ -30,30 +31,37 @@ class _Program(HostProgram):
         super().__init__(model)
         self.hidden_score = self.options.hidden_score
         self._soc = htp.soc_of(self.options.soc)
-        self._sessions: dict[str, Any] = {}
-        self._session(self.methods[0])  # refuses now what cannot run
+        self._sessions: dict[tuple[int, str], Any] = {}
+        self._parts = spans(len(model.manifest.model["slots"]), self.options.parts, self.options.hidden)
+        self._session(0, self.methods[0])  # refuses now what cannot run
         self.prepare(updater)
 
-    def _session(self, method: Method) -> Any:
+    def _session(self, part: int, method: Method) -> Any:
         """Compiled at the first use: x86 cannot load the binary."""
-        if method.name not in self._sessions:
-            folder = self.model.folder
+        if (part, method.name) not in self._sessions:
+            folder = self.model.folder / part_folder(part)
             made = htp.session(folder / f"{method.name}.onnx", self._soc)
             inside = made.get_modelmeta().custom_metadata_map.get(CONTRACT)
             if inside is None:
                 raise ArtifactError(f"{folder}: {method.name}.onnx carries no contract; export the model again")
             self.model.manifest.check_contract(folder, inside)
-            self._sessions[method.name] = made
-        return self._sessions[method.name]
+            self._sessions[part, method.name] = made
+        return self._sessions[part, method.name]
 
     def run_graph(self, method: Method, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        made = self._session(method)
-        feed = {value.name: tensor.numpy() for value, tensor in zip(made.get_inputs(), inputs, strict=True)}
-        return [torch.from_numpy(array) for array in made.run(None, feed)]
+        def run(part: int, own: Sequence[Tensor]) -> Sequence[Tensor]:
+            made = self._session(part, method)
+            feed = {value.name: tensor.numpy() for value, tensor in zip(made.get_inputs(), own, strict=True)}
+            return [torch.from_numpy(array) for array in made.run(None, feed)]
+
+        if len(self._parts) == 1:
+            return run(0, inputs)
+        return in_turn(self._parts, run, inputs, len(self._rooms), len(self.kinds), self.options.hidden)
 
     @property
     def describes(self) -> str:
-        return f"qnn in {self.options.recipe} for {self._soc.name}, emulated, {self.updater.name}"
+        parts = f" in {len(self._parts)} parts" if len(self._parts) > 1 else ""
+        return f"qnn in {self.options.recipe} for {self._soc.name}{parts}, emulated, {self.updater.name}"
 
 
 class QnnBackend(ArtifactBackend):
