@@ -2,18 +2,21 @@
 
 Each part is lowered, stored and loaded by itself, so that none outgrows what a device takes at once.
 
-Shape suffixes: T rows of a graph, H hidden size.
+Shape suffixes: M rows of a graph, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdec.errors import InputError
+from specdec.runtime.cache import layer_types
+from specdec.runtime.parts import Entry, Exit, PartOutput, layers_path, with_layers_at, with_module
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,90 @@ def spans(num_layers: int, parts: int, hidden: Sequence[int] = ()) -> list[Span]
         found.append(Span(range(start, stop), given, stop == num_layers))
         start = stop
     return found
+
+
+class _NoEmbeddings(nn.Module):
+    """In place of embeddings whose result nobody reads, so that their table is no part of what is written out."""
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.width, self.dtype = width, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.zeros(*tokens.shape, self.width, dtype=self.dtype, device=tokens.device)
+
+
+class Section(nn.Module):
+    """Layers in a row of a model, which is run by several of them in turn.
+
+    One that begins behind the first layer takes `features [1, M, H]` and has no embeddings; one that ends before the
+    last gives those of the next in place of logits, and has no head. `hidden`: states that it gives besides, by
+    `transformers`' index; from 0 in the first, up to the last in the last, and otherwise those between its layers.
+    """
+
+    def __init__(self, model: Any, layers: range, hidden: Sequence[int] = ()):
+        super().__init__()
+        config = model.config.get_text_config(decoder=True)
+        path, kinds = layers_path(model), layer_types(config)
+        self.starts, self.ends = layers.start == 0, layers.stop == len(kinds)
+        self.hidden, self.stop = tuple(hidden), layers.stop
+        taps = [i for i in self.hidden if i < layers.stop] + ([] if self.ends else [layers.stop])
+        self.exits = {i: Exit(kinds[max(i - 1, 0)]) for i in taps}
+        self.entry = None if self.starts else Entry(kinds[layers.start])
+        stack: list[tuple[nn.Module, str]] = [] if self.entry is None else [(self.entry, self.entry.attention_type)]
+        for i in (*layers, layers.stop):
+            if i in self.exits:
+                stack.append((self.exits[i], self.exits[i].attention_type))
+            if i in layers:
+                stack.append((model.get_submodule(path)[i], kinds[i]))
+        inner = with_layers_at(model, path, [module for module, _ in stack], [kind for _, kind in stack])
+        names = {id(module): name for name, module in model.named_modules()}
+        if not self.starts:
+            nothing = _NoEmbeddings(int(config.hidden_size), model.dtype)
+            inner = with_module(inner, names[id(model.get_input_embeddings())], nothing)
+        if not self.ends:
+            inner = with_module(inner, names[id(model.get_output_embeddings())], nn.Identity())
+        self.inner, self.config = inner, model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.inner.dtype
+        return dtype
+
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
+    def _forget(self) -> None:
+        for tap in self.exits.values():
+            tap.wire.states = None
+        if self.entry is not None:
+            self.entry.wire.states = None
+
+    def forward(
+        self,
+        *,
+        position_ids: Tensor,
+        input_ids: Tensor | None = None,
+        features: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **given: Any,
+    ) -> PartOutput:
+        normed = self.ends and self.stop in self.hidden  # the last state is what the head reads
+        try:
+            if self.entry is not None:
+                self.entry.wire.states, input_ids = features, torch.zeros_like(position_ids)
+            out = self.inner(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                **given,
+                **({"output_hidden_states": True} if normed else {}),
+            )
+            states = {i: kept for i, tap in self.exits.items() if (kept := tap.wire.states) is not None}
+        finally:
+            self._forget()
+        if normed:
+            states[self.stop] = out.hidden_states[-1]
+        return PartOutput(out.logits if self.ends else states[self.stop], states)
 
 
 #: Runs one part on its inputs in order.

@@ -21,11 +21,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from typing_extensions import Self
 
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.export.sections import Span, spans
+from specdec.export.sections import Section, Span, spans
 from specdec.runtime.cache import check_rewindable, layer_types
 from specdec.runtime.copies import shared_copy
 from specdec.runtime.native import Passing, check_call
-from specdec.runtime.parts import Section
 
 _NAME = "specdec_static"
 #: How attention is written down: "custom" by ExecuTorch's operators for language models, "plain" in core operators.
