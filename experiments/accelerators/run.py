@@ -7,8 +7,8 @@
 Exports stand in `--artifacts` (by default beside the compiled kernels) and are made once; their seconds of CPU do not
 depend on what else runs. Slices during which other processes were busy are repeated and counted. Beside the artefact
 stand the same model's eager and compiled steps. Every stage that is done is in `PAIR-DATE.json`; a run that was ended
-goes on there, and the last one adds to `results.md`. Without exports: three minutes for
-the embedded pair. `OMP_NUM_THREADS=1` is what small models want.
+goes on there, and the last one adds to `results.md`. Without exports: three minutes for the embedded pair.
+`OMP_NUM_THREADS=1` is what small models want.
 """
 
 from __future__ import annotations
