@@ -119,7 +119,7 @@ def _show_phases(console: Console, found: Evaluation) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=f"{found.tokens} tokens of text", title_justify="left")
-    table.add_column("phase")
+    table.add_column("phase", no_wrap=True)
     for heading in ("loss, nats/token", "", "KL to full", "same first choice", "SQNR, dB"):
         table.add_column(heading, justify="right")
     full = found.loss[found.phases[0]]
@@ -140,11 +140,11 @@ def _show_artifact(console: Console, found: Evaluation) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title="the artefact, against", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in ("same first choice", "SQNR, dB", "worst row", "largest difference"):
         table.add_column(heading, justify="right")
     reference = found.to_reference
-    others = {f"{graph.name} against one row a step": graph.distance for graph in found.graphs}
+    others = {f"{graph.name} against one row": graph.distance for graph in found.graphs}
     for name, distance in {found.reference: reference, **others}.items():
         cells = (_number(distance.sqnr["logits"], ".1f"), _number(distance.worst, ".1f"), f"{distance.largest:.2g}")
         table.add_row(name, f"{distance.agreement:.2%}", *cells)

@@ -42,7 +42,7 @@ def run(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 def test_the_artefact_is_the_rounded_model(run: Any, original: str, tmp_path: Path) -> None:
     code, out, err = run("--target", original, "--json", str(tmp_path / "found.json"))
     assert code == 0, out + err
-    for phase in ("full precision", "rounded, in torch", "artefact", "step_4 against one row a step"):
+    for phase in ("full precision", "rounded, in torch", "artefact", "step_4 against one row"):
         assert phase in out
     assert "speculative texts (k = 3, greedy and sampled): 4 of 4 are the plain ones" in out
     found = json.loads((tmp_path / "found.json").read_text())
