@@ -7,7 +7,7 @@ Shape suffixes: M rows of a graph, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from specdec.errors import InputError
 from specdec.runtime.cache import layer_types
+from specdec.runtime.copies import StandIn
 from specdec.runtime.parts import Entry, Exit, PartOutput, layers_path, with_layers_at, with_module
 
 
@@ -59,7 +60,7 @@ class _NoEmbeddings(nn.Module):
         return torch.zeros(*tokens.shape, self.width, dtype=self.dtype, device=tokens.device)
 
 
-class Section(nn.Module):
+class Section(StandIn):
     """Layers in a row of a model, which is run by several of them in turn.
 
     One that begins behind the first layer takes `features [1, M, H]` and has no embeddings; one that ends before the
@@ -90,14 +91,6 @@ class Section(nn.Module):
         if not self.ends:
             inner = with_module(inner, names[id(model.get_output_embeddings())], nn.Identity())
         self.inner, self.config = inner, model.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.inner.dtype
-        return dtype
-
-    def get_output_embeddings(self) -> Any:
-        return self.inner.get_output_embeddings()
 
     def _forget(self) -> None:
         for tap in self.exits.values():
@@ -136,6 +129,14 @@ class Section(nn.Module):
 Call = Callable[[int, Sequence[Tensor]], Sequence[Tensor]]
 
 
+def by_part(parts: Sequence[Span], tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Of keys and values of all layers in turn, those of each part."""
+    first = 0
+    for span in parts:
+        yield tensors[first : first + span.num_slots]
+        first += span.num_slots
+
+
 def in_turn(
     parts: Sequence[Span], call: Call, inputs: Sequence[Tensor], num_held: int, num_masks: int, hidden: Sequence[int]
 ) -> tuple[Tensor, ...]:
@@ -144,16 +145,16 @@ def in_turn(
     `inputs`: what `StaticStep.example` or `IoStep.example` lists; the last `num_held` are keys and values that graphs
     are given, before them stand `num_masks` masks, and before those the row that logits are wanted of, if one is.
     """
+    if len(parts) == 1:
+        return tuple(call(0, inputs))
     held, others = inputs[len(inputs) - num_held :], inputs[: len(inputs) - num_held]
     masks, numbers = others[len(others) - num_masks :], others[1 : len(others) - num_masks]
-    passing, first = inputs[0], 0
+    passing = inputs[0]
     states: dict[int, Tensor] = {}
     new: list[Tensor] = []
     # Tokens, positions, and slots where the graphs write keys and values; behind them may stand a row.
     fixed = 1 if num_held else 2
-    for index, span in enumerate(parts):
-        own = held[first : first + span.num_slots] if num_held else ()
-        first += span.num_slots
+    for index, (span, own) in enumerate(zip(parts, by_part(parts, held), strict=True)):
         passing, *more = call(index, (passing, *(numbers if span.ends else numbers[:fixed]), *masks, *own))
         if span.hidden:
             states |= dict(zip(span.hidden, more[0].chunk(len(span.hidden), -1), strict=True))
@@ -166,10 +167,7 @@ def in_turn(
 
 def swapped(parts: Sequence[Span], call: Call, new: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What all parts' slots held, in exchange for `new`; keys and values of each layer in turn."""
-    old: list[Tensor] = []
-    for index, span in enumerate(parts):
-        old += call(index, new[len(old) : len(old) + span.num_slots])
-    return tuple(old)
+    return tuple(old for index, own in enumerate(by_part(parts, new)) for old in call(index, own))
 
 
 def numbered(name: str, index: int) -> str:

@@ -21,6 +21,7 @@ from specdec.errors import InputError, UnsupportedModelError
 from specdec.export.artifact import ArtifactModel
 from specdec.export.options import Method
 from specdec.export.plan import Run, plan
+from specdec.export.sections import spans
 from specdec.export.step import HIDDEN
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
 
@@ -50,6 +51,7 @@ class Program(ABC):
         self.model = model
         self.options: Any = manifest.options
         self.methods = self.options.methods
+        self.parts = spans(len(manifest.model["slots"]), self.options.parts, self.options.hidden)
         self.kinds: list[str] = manifest.model["attention_kinds"]
         self.window: int = manifest.model["sliding_window"] or 0
         self.inputs = {m.name: Inputs(m, self.options.num_slots, len(self.kinds)) for m in self.methods}
@@ -149,7 +151,9 @@ class ArtifactBackend(Backend):
     @property
     def describes(self) -> str:
         widths = ", ".join(map(str, self.capabilities.widths or ()))
-        return f"{self._program.describes}, graphs of {widths} rows, {self._program.options.max_seq_len} positions"
+        parts = f" in {len(self._program.parts)} parts" if len(self._program.parts) > 1 else ""
+        positions = self._program.options.max_seq_len
+        return f"{self._program.describes}, graphs of {widths} rows{parts}, {positions} positions"
 
     def expose(self, hidden: Sequence[int]) -> None:
         check_exposed(self.capabilities, hidden)

@@ -6,9 +6,24 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from specdec.errors import UnsupportedModelError
+
+
+class StandIn(nn.Module):
+    """Stands in a model's place; `inner` does the work, on the same parameters."""
+
+    inner: Any
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.inner.dtype
+        return dtype
+
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
 
 
 def is_spread(model: Any) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from typing_extensions import Self
 
@@ -28,6 +28,7 @@ from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
 from specdec.quant.hf import empty_model
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
+from specdec.runtime.copies import StandIn
 from specdec.runtime.session import Session, Steps
 from specdec.tree import TokenTree
 
@@ -44,7 +45,7 @@ class _AnyConfig:
         return made
 
 
-class DerivedModel(nn.Module):
+class DerivedModel(StandIn):
     """A model made of a loaded one, in whose place backends run it: `inner` does the work, on the same parameters.
 
     `config` stays that of the whole model, so that its caches have every layer. `options`: how `derive` made it, as
@@ -77,14 +78,6 @@ class DerivedModel(nn.Module):
         plain = copy.deepcopy(config)
         delattr(plain, _ORIGIN)
         return cls.derive(empty_model(kind, plain, dtype), **origin["options"])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.inner.dtype
-        return dtype
-
-    def get_output_embeddings(self) -> Any:
-        return self.inner.get_output_embeddings()
 
 
 class SharingBackend(Backend):

@@ -71,7 +71,7 @@ def test_files_of_parts() -> None:
 
 
 def outputs(step: StaticStep, parts: int, held: Sequence[Tensor] = ()) -> list[tuple[Tensor, ...]]:
-    """Of a prompt, of a row behind it by itself, and of its last logits alone; from empty slots on."""
+    """Of a prompt, and of its last row's logits alone; from empty slots on."""
     for name in step.slot_names:
         if hasattr(step, name):
             getattr(step, name).zero_()
@@ -80,8 +80,6 @@ def outputs(step: StaticStep, parts: int, held: Sequence[Tensor] = ()) -> list[t
 
     def run(inputs: Sequence[Tensor], last: bool = False) -> tuple[Tensor, ...]:
         made = [part.last_only() if last else part for part in steps]
-        if parts == 1:
-            return made[0](*inputs)
         return in_turn(found, lambda i, own: made[i](*own), inputs, len(held), len(step.kinds), step.hidden)
 
     tokens, rows = torch.tensor([(7 * i + 3) % 60 for i in range(5)]), torch.arange(5)

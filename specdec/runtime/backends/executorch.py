@@ -21,7 +21,7 @@ from specdec.export.delegates import check_runtime
 from specdec.export.executorch import PROGRAM, SWAP
 from specdec.export.manifest import ArtifactError
 from specdec.export.options import Method
-from specdec.export.sections import in_turn, numbered, spans, swapped
+from specdec.export.sections import by_part, in_turn, numbered, swapped
 from specdec.export.step import HIDDEN
 from specdec.runtime.artifacts import ArtifactBackend, Inputs, Program
 from specdec.runtime.hosted import HostProgram
@@ -42,8 +42,6 @@ class _Loaded(Program):
             portable_lib._unsafe_reset_threadpool(torch.get_num_threads())  # unsafe beside a program that runs
         runtime = Runtime.get()
         check_runtime(self.options.delegate, runtime.backend_registry.registered_backend_names, model.folder)
-        shapes = model.manifest.model["slots"]
-        self.parts = spans(len(shapes), self.options.parts, self.options.hidden)
         self._programs, self._methods = [], []
         for index in range(len(self.parts)):
             file = numbered(PROGRAM, index)
@@ -60,13 +58,10 @@ class _Loaded(Program):
 
     @property
     def describes(self) -> str:
-        parts = f" in {len(self.parts)} parts" if len(self.parts) > 1 else ""
-        return f"executorch on {self.options.delegate}{parts}"
+        return f"executorch on {self.options.delegate}"
 
     def call(self, name: str, inputs: Sequence[Tensor], num_held: int = 0) -> tuple[Tensor, ...]:
         """One graph, through all parts. The last `num_held` inputs are keys and values that it is given."""
-        if len(self.parts) == 1:
-            return tuple(self._methods[0][name].execute(inputs))
 
         def run(index: int, own: Sequence[Tensor]) -> Sequence[Tensor]:
             out: Sequence[Tensor] = self._methods[index][name].execute(own)
@@ -98,12 +93,8 @@ class _Owning(_Loaded):
             for mask in inputs.masks:
                 mask.fill_(HIDDEN)[:, 0] = 0
             self.call(method.name, inputs.all)
-            held, first = self.call(SWAP, self._empty), 0
-            written = []
-            for span in self.parts:
-                written.append(any(bool(tensor[0, 0].any()) for tensor in held[first : first + span.num_slots]))
-                first += span.num_slots
-            if not all(written):
+            held = by_part(self.parts, self.call(SWAP, self._empty))
+            if not all(any(bool(tensor[0, 0].any()) for tensor in own) for own in held):
                 raise ArtifactError(
                     f"{self.model.folder}: what {method.name} writes is not there for the other graphs: the program "
                     "was exported without common buffers. Export the model again"

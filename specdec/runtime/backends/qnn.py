@@ -19,7 +19,7 @@ from specdec.export.manifest import ArtifactError
 from specdec.export.onnx_graphs import CONTRACT
 from specdec.export.options import Method
 from specdec.export.qnn import installed_version, part_folder
-from specdec.export.sections import in_turn, spans
+from specdec.export.sections import in_turn
 from specdec.runtime.artifacts import ArtifactBackend, Program
 from specdec.runtime.hosted import HostProgram, host_updater
 from specdec.runtime.updaters import Updater
@@ -32,7 +32,6 @@ class _Program(HostProgram):
         self.hidden_score = self.options.hidden_score
         self._soc = htp.soc_of(self.options.soc)
         self._sessions: dict[tuple[int, str], Any] = {}
-        self._parts = spans(len(model.manifest.model["slots"]), self.options.parts, self.options.hidden)
         self._session(0, self.methods[0])  # refuses now what cannot run
         self.prepare(updater)
 
@@ -54,14 +53,11 @@ class _Program(HostProgram):
             feed = {value.name: tensor.numpy() for value, tensor in zip(made.get_inputs(), own, strict=True)}
             return [torch.from_numpy(array) for array in made.run(None, feed)]
 
-        if len(self._parts) == 1:
-            return run(0, inputs)
-        return in_turn(self._parts, run, inputs, len(self._rooms), len(self.kinds), self.options.hidden)
+        return in_turn(self.parts, run, inputs, len(self._rooms), len(self.kinds), self.options.hidden)
 
     @property
     def describes(self) -> str:
-        parts = f" in {len(self._parts)} parts" if len(self._parts) > 1 else ""
-        return f"qnn in {self.options.recipe} for {self._soc.name}{parts}, emulated, {self.updater.name}"
+        return f"qnn in {self.options.recipe} for {self._soc.name}, emulated, {self.updater.name}"
 
 
 class QnnBackend(ArtifactBackend):
