@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,14 +21,15 @@ from specdec.runtime.backend import Backend
 from specdec.runtime.session import Session, Steps
 from specdec.tree import TokenTree
 
-# Estimates start from these probabilities, as if they had been seen so often: of a model's tokens, and of retrieved
-# ones by the length of the match (nothing, 1, 2-3, 4-7, more). What is sampled is looked up half as well.
-_OF_MODEL, _OF_LOOKUP, _SAMPLED = 0.6, (0.0, 0.3, 0.45, 0.6, 0.75), 0.5
+# Estimates start from these probabilities: of a model's tokens, and of retrieved ones by how many of them the lookup
+# expects to be accepted (up to 0.3, 0.6, 1, 2, 4, more). What is sampled is looked up half as well.
+_OF_MODEL, _OF_LOOKUP, _SAMPLED = 0.6, (0.15, 0.3, 0.45, 0.5, 0.6, 0.75), 0.5
+_EXPECTED = (0.3, 0.6, 1.0, 2.0, 4.0)
 _NEURAL = "neural"
 # A part that keeps losing is tried ever more rarely, up to so many times the usual pause.
 _LONGEST_PAUSE = 8
-# Retrieved drafts are told apart by their length: a long match is another thing than a short one.
-_LONGEST_BIN = 4
+
+Tracks = dict[str, Track]
 
 
 @dataclass(eq=False)
@@ -35,33 +37,44 @@ class HybridState:
     request: Request
     retrieval: Any
     neural: Any
-    tracks: dict[str, Track] = field(default_factory=dict)
+    earlier: Tracks  # of texts before, where rounds may follow the clock
+    tracks: Tracks = field(default_factory=dict)
     since_neural: int = 0
     num_tries: int = 0  # of the neural part in a row that did not make it the better one
     since_retrieval: int = 0
     proposed: str = ""  # the track of the last proposal
     num_neural: int = 0  # nodes of the last proposal that the neural drafter drew, the first ones
 
-    def track(self, name: str) -> Track:
+    def track(self, name: str, plan: Plan) -> Track:
         if name not in self.tracks:
-            prior = _OF_MODEL
-            if name != _NEURAL:
-                prior = _OF_LOOKUP[int(name[-1:] or 0)] * (1.0 if self.request.sampling.is_greedy else _SAMPLED)
-            self.tracks[name] = Track(prior)
+            self.tracks[name] = self._begun(name) if plan.costs is None else self._resumed(name)
         return self.tracks[name]
 
+    def _begun(self, name: str) -> Track:
+        if name == _NEURAL:
+            return Track(_OF_MODEL)
+        return Track(_OF_LOOKUP[int(name[-1])] * (1.0 if self.request.sampling.is_greedy else _SAMPLED))
 
-def _bin(length: int) -> str:
-    return f"{min(_LONGEST_BIN, length.bit_length())}"
+    def _resumed(self, name: str) -> Track:
+        track = self.earlier[name].carried() if name in self.earlier else self._begun(name)
+        self.earlier[name] = track
+        return track
+
+
+def _bin(found: Proposal) -> int:
+    """Retrieved drafts are told apart by what the lookup expects of them; half of them where it does not say."""
+    expected = len(found.tree) / 2 if found.expected is None else found.expected
+    return bisect_left(_EXPECTED, expected)
 
 
 class HybridDrafter(ModelRunner):
     """Looks the continuation up when a lookup is worth more than a draft model's tokens, and drafts otherwise.
 
-    Both are weighed in expected tokens per second: acceptance by depth is learnt from this text, for retrieved drafts
-    by their length; costs are the policy's measurements where it has some (`throughput`), else a draft step counts
-    `draft_cost` of a verification. The one that was not taken is tried again after `probe_every` rounds, and ever more
-    rarely while it loses. Under a policy of trees both go into one tree. `retrieval` and `neural`: drafters, or names.
+    Both are weighed in expected tokens per second: acceptance by depth is learnt from the text, for retrieved drafts by
+    what the lookup expects; costs are the policy's measurements where it has some (`throughput`), and a text then
+    starts from what the one before has shown; else a draft step counts `draft_cost` of a verification. The one that
+    was not taken is tried again after `probe_every` rounds, and ever more rarely while it loses. Under a policy of
+    trees both go into one tree. `retrieval` and `neural`: drafters, or names.
 
     Lossless: yes, with every lossless verifier: which of them proposes depends on earlier rounds, and on a draft that
     is a point mass.
@@ -76,6 +89,7 @@ class HybridDrafter(ModelRunner):
             raise InputError(f"the {retrieval.name} drafter runs a model: it is the neural part; retrieval is a lookup")
         self.retrieval, self.neural = retrieval, neural
         self.draft_cost, self.probe_every = draft_cost, probe_every
+        self._earlier: dict[bool, Tracks] = {}  # by whether texts are greedy
         self.hidden, self.shares_target = neural.hidden, neural.shares_target  # type: ignore[misc]
         self.draws, self.trees = neural.draws, neural.trees  # type: ignore[misc]
 
@@ -101,15 +115,19 @@ class HybridDrafter(ModelRunner):
         return self.neural.target_backend(backend, model)
 
     def start(self, request: Request) -> HybridState:
-        return HybridState(request, self.retrieval.start(request), self.neural.start(request))
+        return self._state(request, self.neural.start(request))
 
     def starting(self, request: Request, prefill: Prefill = Session.prefilling) -> Steps[HybridState]:
         neural = yield from self.neural.starting(request, prefill)
-        return HybridState(request, self.retrieval.start(request), neural)
+        return self._state(request, neural)
+
+    def _state(self, request: Request, neural: Any) -> HybridState:
+        earlier = self._earlier.setdefault(request.sampling.is_greedy, {})
+        return HybridState(request, self.retrieval.start(request), neural, earlier)
 
     def proposing(self, state: HybridState, plan: Plan, chance: Chance) -> Steps[Proposal]:
         found = self.retrieval.propose(state.retrieval, Plan(plan.deepest, stop_below=plan.stop_below), chance)
-        name = f"{self.retrieval.name} {_bin(len(found.tree))}" if len(found.tree) else ""
+        name = f"{self.retrieval.name} {_bin(found)}" if len(found.tree) else ""
         if not plan.is_chain:
             return (yield from self._both(state, plan, chance, found, name))
         lookup, drafted = self._lengths(state, plan, name, len(found.tree))
@@ -127,8 +145,11 @@ class HybridDrafter(ModelRunner):
     def _lengths(self, state: HybridState, plan: Plan, name: str, found: int) -> tuple[int, int]:
         """How many retrieved tokens to propose, and how many to draft: not both."""
         costs = plan.costs or Costs(draft_average=self.draft_cost)
-        lookup, lookup_rate = costs.best_length(state.track(name).survival(found), self.retrieval.name, levels=0)
-        survival = state.track(_NEURAL).survival(plan.deepest)
+        lookup, lookup_rate = 0, 0.0
+        if name:
+            survival = state.track(name, plan).survival(found)
+            lookup, lookup_rate = costs.best_length(survival, self.retrieval.name, levels=0)
+        survival = state.track(_NEURAL, plan).survival(plan.deepest)
         drafted, rate = costs.best_length(survival, self.neural.name)
         if plan.costs is None:
             # Nobody measured what drafting costs: as deep as was asked for.
@@ -151,13 +172,13 @@ class HybridDrafter(ModelRunner):
         state.proposed, state.num_neural = "both", len(drawn.tree)
         if not len(found.tree):
             return replace(drawn, origin=self.neural.name)
-        survival = state.track(name).survival(len(found.tree))
+        survival = state.track(name, plan).survival(len(found.tree))
         length, _ = (plan.costs or Costs()).best_length(survival, self.retrieval.name, levels=0)
         return _merged(drawn, _first(found, min(length, plan.depth)), f"{self.neural.name}+{self.retrieval.name}")
 
     def observe(self, state: HybridState, outcome: Outcome) -> HybridState:
         if state.proposed not in ("", "both") and len(outcome.proposal.tree):
-            state.track(state.proposed).observe(outcome.num_accepted, outcome.num_evaluated)
+            state.tracks[state.proposed].observe(outcome.num_accepted, outcome.num_evaluated)
         looked_up = len(outcome.proposal.tree) > state.num_neural
         if state.num_neural:
             state.num_tries = state.num_tries + 1 if state.since_neural >= self._pause(state) else 0

@@ -88,17 +88,19 @@ class SuffixAutomaton:
             return self.next[state][token], matched + 1
         return 0, 0
 
-    def continuation(self, state: int, limit: int, floor: float) -> list[int]:
-        """The most frequent way on, while its estimated probability stays at or above `floor`."""
+    def continuation(self, state: int, limit: int, floor: float) -> tuple[list[int], list[float]]:
+        """The most frequent way on, while its estimated probability stays at or above `floor`; and that, by depth."""
         draft: list[int] = []
+        probabilities: list[float] = []
         probability = 1.0
         while len(draft) < limit and (token := self.best[state]) is not None:
             probability *= min(1.0, self._followers(state, token) / max(self.ways[state], 1))
             if probability < floor:
                 break
             draft.append(token)
+            probabilities.append(probability)
             state = self.next[state][token]
-        return draft
+        return draft, probabilities
 
 
 @dataclass(eq=False)
@@ -169,9 +171,9 @@ class SuffixDrafter(Drafter):
         if matched == 0:
             return Proposal.empty()
         limit = min(plan.depth, int(self.factor * matched + self.offset))
-        draft = automaton.continuation(place, limit, self.floor)
-        ends = [i for i, token in enumerate(draft) if token in state.eos_ids]
-        return Proposal.point(TokenTree.chain(draft[: ends[0] + 1] if ends else draft))
+        draft, probabilities = automaton.continuation(place, limit, self.floor)
+        length = next((i for i, token in enumerate(draft, 1) if token in state.eos_ids), len(draft))
+        return Proposal.point(TokenTree.chain(draft[:length]), sum(probabilities[:length]))
 
     def observe(self, state: SuffixState, outcome: Outcome) -> SuffixState:
         return self._append(state, outcome.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, overload
 
 from transformers import LogitsProcessor
@@ -13,6 +14,7 @@ from specdec.decoder import Task
 from specdec.drafter import BuildContext, Drafter, Request
 from specdec.errors import IncompatiblePairError, InputError, MemoryBudgetError, SpecdecError
 from specdec.exact import Redecide, keep
+from specdec.experience import Experience
 from specdec.generation import Generation, Stream
 from specdec.guard import GuardedDrafter
 from specdec.loading import resolve_drafter
@@ -84,6 +86,7 @@ class SpeculativeDecoder:
             raise InputError(f"memory_budget is a number of bytes, or None for no limit, not {memory_budget!r}")
         self.memory_budget = memory_budget
         self.prefixes = PrefixCache(default_bytes(capabilities.device) if prefix_cache is None else prefix_cache)
+        self.experience = Experience()
         self._check_parts(self.drafter, self.verifier, self.policy)
         self.policy.check(target, self.drafter)
         self.backend.expose(self.drafter.hidden)
@@ -196,6 +199,7 @@ class SpeculativeDecoder:
             trace=trace,
             logprobs=logprobs,
             prefill=self.prefixes.prefill if reuse else Session.prefilling,
+            begin=partial(self.experience.begin, drafter, sampling.is_greedy),
             num_bytes=self._check_memory(request, drafter, policy),
             settle=Redecide() if exact and self.backend.numerics != "invariant" else keep,
         )

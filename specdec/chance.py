@@ -23,6 +23,10 @@ _BLOCK = 8
 class Chance(ABC):
     """What a drafter or verifier may ask of fate. Rows are independent of each other unless said otherwise."""
 
+    def stream(self, name: str) -> Chance:
+        """Chance whose draws are independent of this one's; races, which go by position, are the same."""
+        return self
+
     @abstractmethod
     def accept(self, p: Tensor, q: Tensor) -> Tensor:
         """Accept each entry with probability min(1, p/q); bool, same shape. `q` = 0 never divides."""
@@ -96,6 +100,12 @@ class CounterChance(Chance):
         self._race_key = mix(mix(seed) ^ 0x5EED)
         self._stream_key = mix(mix(seed) + sum(byte << (8 * i) for i, byte in enumerate(stream.encode()[:8])))
         self._blocks: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def stream(self, name: str) -> CounterChance:
+        """Another stream of this seed, which makes the noise that both share only once."""
+        other = CounterChance(self.seed, name)
+        other._blocks = self._blocks
+        return other
 
     def _next_keys(self, count: int) -> list[int]:
         first = self.counter

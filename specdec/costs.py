@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 def cost_at(known: Mapping[int, float], width: int) -> float:
@@ -11,15 +13,15 @@ def cost_at(known: Mapping[int, float], width: int) -> float:
 
     Below the narrowest it is constant: one row is never dearer than several, and how much cheaper is not known.
     """
-    widths = sorted(known)
-    if width <= widths[0]:
-        return known[widths[0]]
-    upper = next((w for w in widths if w >= width), widths[-1])
-    lower = max((w for w in widths if w < upper), default=upper)
-    if width > upper:
-        lower = widths[0]
-    if lower == upper:
-        return known[upper]
+    return _between(known, sorted(known), width)
+
+
+def _between(known: Mapping[int, float], widths: Sequence[int], width: int) -> float:
+    """`cost_at`, for a caller who has sorted the widths."""
+    at = bisect_left(widths, width)
+    if at == 0 or (at < len(widths) and widths[at] == width) or len(widths) == 1:
+        return known[widths[min(at, len(widths) - 1)]]
+    lower, upper = (widths[at - 1], widths[at]) if at < len(widths) else (widths[0], widths[-1])
     slope = (known[upper] - known[lower]) / (upper - lower)
     if width > upper:
         return known[upper] + max(slope, 0.0) * (width - upper)
@@ -39,10 +41,28 @@ class Costs:
     draft_average: float = 0.1
     other: float = 0.0
 
+    @cached_property
+    def _widths(self) -> list[int]:
+        return sorted(self.verify)
+
+    @cached_property
+    def _verified(self) -> dict[int, float]:
+        """Seconds by width, of those that were asked for: a round asks for most of them several times."""
+        return {}
+
+    def verified(self, width: int) -> float:
+        """Seconds of a target forward over so many rows."""
+        if width not in self._verified:
+            self._verified[width] = _between(self.verify, self._widths, width)
+        return self._verified[width]
+
+    def level(self, origin: str = "") -> float:
+        """Seconds of one level of drafting."""
+        return self.draft.get(origin, self.draft_average)
+
     def round(self, nodes: int, levels: int, origin: str = "") -> float:
         """Seconds of a round that drafts `nodes` in `levels` steps."""
-        drafting = levels * self.draft.get(origin, self.draft_average) if levels else 0.0
-        return cost_at(self.verify, nodes + 1) + drafting + self.other
+        return self.verified(nodes + 1) + levels * self.level(origin) + self.other
 
     def best_length(self, survival: Sequence[float], origin: str = "", levels: int | None = None) -> tuple[int, float]:
         """The chain length with the most expected tokens per second, 0 included, and that rate.
@@ -50,10 +70,12 @@ class Costs:
         `survival[i]`: the probability that the chain's first i + 1 tokens are accepted. `levels`: draft steps whatever
         the length; None: one per token.
         """
+        level, each = self.level(origin), levels is None
         best, best_rate, expected = 0, 1.0 / self.round(0, 0), 1.0
         for length, probability in enumerate(survival, 1):
             expected += probability
-            rate = expected / self.round(length, length if levels is None else levels, origin)
+            drafting = level * (length if each else levels or 0)
+            rate = expected / (self.verified(length + 1) + drafting + self.other)
             if rate > best_rate:
                 best, best_rate = length, rate
         return best, best_rate

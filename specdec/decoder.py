@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 
 from specdec.drafter import Drafter, Prefill, Request
 from specdec.errors import NonFiniteLogitsError
 from specdec.exact import Settle, keep
 from specdec.outcome import conclude, finite, log_probabilities
-from specdec.policy import Policy
+from specdec.policy import Policy, PolicyRun
 from specdec.runtime.session import Call, Session
 from specdec.text import Chunk, Ending
 from specdec.trace import Trace
@@ -31,6 +32,7 @@ class Task:
     logprobs: bool = False
     settle: Settle = keep  # re-decides doubtful positions when exact=True
     prefill: Prefill = Session.prefilling  # reuses what earlier prompts left
+    begin: Callable[[Policy], PolicyRun] = methodcaller("start")  # or goes on from earlier texts
     num_bytes: int = 0  # of keys and values, target and drafter together, when the text is as long as it may get
 
 
@@ -40,13 +42,14 @@ def decode(task: Task) -> Generator[Chunk | Call, Any, None]:
     is to be answered with its result: at once for one text, together with those of other texts in a batch."""
     request, target, drafter, trace = task.request, task.target, task.drafter, task.trace
     sampling, ending = request.sampling, task.ending
-    draft_chance, chance = sampling.chance("draft"), sampling.chance("verify")
+    chance = sampling.chance("verify")
+    draft_chance = chance.stream("draft")
     with trace.prefill():
         target.append(request.prompt)
         yield from task.prefill(target)
         state = yield from drafter.starting(request, task.prefill)
         trace.num_reused_tokens = target.num_reused
-        policy = task.policy.start()
+        policy = task.begin(task.policy)
     while ending.reason is None:
         with trace.round() as record:
             plan = policy.plan().limited(ending.room - 1)

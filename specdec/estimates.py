@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specdec.costs import Costs
 
 if TYPE_CHECKING:
     from specdec.policy import RoundFacts
+
+# Samples after which a measured cost, and an acceptance of all texts, has half its weight.
+_HALF_LIFE, _HALF_LIFE_OF_ALL = 16.0, 256.0
+# What earlier texts showed is worth so many samples in the next: of acceptance, which differs between texts, and of
+# costs, which do not.
+ACCEPTANCE_CARRIED, _COST_CARRIED = 3.0, 8.0
+# What is not measured again loses so much of that from text to text, and goes when it is worth less than this.
+_KEPT, _LEAST = 0.7, 0.2
+# A step that takes this part of its average has been compiled meanwhile: what it took before is over.
+_FASTER = 1 / 3
 
 
 @dataclass
@@ -30,6 +41,11 @@ class Average:
             return prior
         return (self.total + prior * strength) / (self.weight + strength)
 
+    def carried(self, most: float, half_life: float | None = None) -> Average:
+        """The same average for a start: worth so many samples at most, so that what comes next counts for more."""
+        share = min(1.0, most / self.weight) if self.weight else 0.0
+        return Average(half_life or self.half_life, self.total * share, self.weight * share)
+
 
 @dataclass(eq=False)
 class Track:
@@ -41,6 +57,7 @@ class Track:
     prior: float = 0.5
     half_life: float = 32
     accepts: list[Average] = field(default_factory=list)
+    of_all: list[Average] = field(default_factory=list)  # the same of all texts so far, which forgets more slowly
 
     def survival(self, depth: int) -> list[float]:
         """P(accepted at each depth and all before it), down to `depth`."""
@@ -56,10 +73,16 @@ class Track:
         return estimates
 
     def observe(self, accepted: int, evaluated: int) -> None:
-        for depth in range(evaluated):
-            if depth == len(self.accepts):
-                self.accepts.append(Average(self.half_life))
-            self.accepts[depth].add(float(depth < accepted))
+        for averages, half_life in ((self.accepts, self.half_life), (self.of_all, _HALF_LIFE_OF_ALL)):
+            while len(averages) < evaluated:
+                averages.append(Average(half_life))
+            for depth in range(evaluated):
+                averages[depth].add(float(depth < accepted))
+
+    def carried(self) -> Track:
+        """One for the next text. Texts differ: it starts near all of them, and not where the last one ended."""
+        start = [average.carried(ACCEPTANCE_CARRIED, self.half_life) for average in self.of_all]
+        return Track(self.prior, self.half_life, start, self.of_all)
 
 
 @dataclass(eq=False)
@@ -67,18 +90,23 @@ class Meter:
     """Seconds of rounds: verification by its rows, one level of drafting (in all, and by who drafted), the rest."""
 
     verify: dict[int, Average] = field(default_factory=dict)
-    draft: Average = field(default_factory=lambda: Average(16))
+    draft: Average = field(default_factory=lambda: Average(_HALF_LIFE))
     draft_by: dict[str, Average] = field(default_factory=dict)
-    other: Average = field(default_factory=lambda: Average(16))
+    other: Average = field(default_factory=lambda: Average(_HALF_LIFE))
 
     def observe(self, facts: RoundFacts) -> None:
         seconds = facts.seconds
-        self.verify.setdefault(facts.num_nodes + 1, Average(16)).add(seconds.get("verify", 0.0))
+        _measured(self.verify, facts.num_nodes + 1, seconds.get("verify", 0.0))
         if facts.depth_proposed:
             level = seconds.get("draft", 0.0) / facts.depth_proposed
             self.draft.add(level)
-            self.draft_by.setdefault(facts.drafter, Average(16)).add(level)
+            _measured(self.draft_by, facts.drafter, level)
         self.other.add(seconds.get("commit", 0.0) + seconds.get("other", 0.0))
+
+    @property
+    def tells_plain(self) -> bool:
+        """Whether it knows what a plain round takes, and one that drafts."""
+        return 1 in self.verify and len(self.verify) > 1
 
     def costs(self) -> Costs:
         """As measured so far."""
@@ -88,3 +116,26 @@ class Meter:
             self.draft.mean(),
             self.other.mean(),
         )
+
+    def carried(self) -> Meter:
+        """What another text may start from: what was measured seldom, and no more, is forgotten text by text.
+
+        No width is dearer than a wider one: where it is, it was measured while it was being compiled.
+        """
+        verify: dict[int, Average] = {}
+        bound = math.inf
+        for width, average in sorted(self.verify.items(), reverse=True):
+            kept = average.carried(min(_COST_CARRIED, _KEPT * average.weight))
+            if kept.weight >= _LEAST:
+                bound = min(bound, kept.mean())
+                verify[width] = Average(kept.half_life, bound * kept.weight, kept.weight)
+        by = {origin: average.carried(_COST_CARRIED) for origin, average in self.draft_by.items()}
+        return Meter(verify, self.draft.carried(_COST_CARRIED), by, self.other.carried(_COST_CARRIED))
+
+
+def _measured(known: dict[Any, Average], key: Any, seconds: float) -> None:
+    """Add a measurement; one far below the average starts a new one."""
+    average = known.get(key)
+    if average is None or seconds < _FASTER * average.mean():
+        average = known[key] = Average(_HALF_LIFE)
+    average.add(seconds)

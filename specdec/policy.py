@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from specdec.goodput import Load
 
 MAX_DEPTH = 64
+# The first rounds measure, unless an earlier text did.
+MEASURED = 3
 
 
 def check_k(k: int) -> None:
@@ -156,6 +158,10 @@ class Policy(ABC):
     @abstractmethod
     def start(self) -> PolicyRun: ...
 
+    def resume(self, last: PolicyRun) -> PolicyRun:
+        """A run for the next text, which may know what `last`, this policy's run on an earlier text, has learnt."""
+        return self.start()
+
 
 @dataclass
 class Constant(PolicyRun):
@@ -273,7 +279,7 @@ class ThroughputRun(PolicyRun):
             # All texts of a batch look deeper in the same turn: their draft steps are common ones.
             deeper = 2 if self.load.turns % self.probe_every == self.probe_every - 1 else 0
             return Plan(min(self.limit, self.load.depth(self, self.k) + deeper))
-        if self.rounds < 3:
+        if self.rounds < MEASURED:
             # Measure first: a plain round in between tells what one row costs, without which k = 0 never looks good.
             return Plan(0 if self.rounds == 1 else self.k)
         costs = self.meter.costs()
@@ -298,8 +304,9 @@ class Throughput(Policy):
 
     Acceptance by position comes from evaluated positions only; draft, verify and overhead costs are this session's
     own, measured as it runs; in a batch, the common ones (`specdec.goodput`): verification costs more as it grows,
-    until nothing is drafted. (Goodput: Liu et al., arXiv 2406.14066.) Since it follows the clock, rounds differ
-    between runs; texts do not under a verifier that keeps the seed.
+    until nothing is drafted. The next text of a decoder starts from what the earlier ones showed. (Goodput: Liu et al.,
+    arXiv 2406.14066.) Since it follows the clock, rounds differ between runs; texts do not under a verifier that keeps
+    the seed.
     """
 
     k: int = 4  # of the first rounds
@@ -320,3 +327,10 @@ class Throughput(Policy):
 
     def start(self) -> ThroughputRun:
         return ThroughputRun(self.limit, min(self.k, self.limit), self.probe_every)
+
+    def resume(self, last: PolicyRun) -> ThroughputRun:
+        run = self.start()
+        if isinstance(last, ThroughputRun):
+            run.track, run.meter = last.track.carried(), last.meter.carried()
+            run.rounds, run.since_probe = MEASURED if run.meter.tells_plain else 0, last.since_probe
+        return run

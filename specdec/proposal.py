@@ -51,8 +51,8 @@ class Proposal:
         return Proposal(TokenTree.empty(), ())
 
     @staticmethod
-    def point(tree: TokenTree) -> Proposal:
-        return Proposal(tree, (Draw.POINT,) * len(tree))
+    def point(tree: TokenTree, expected: float | None = None) -> Proposal:
+        return Proposal(tree, (Draw.POINT,) * len(tree), expected=expected)
 
     @staticmethod
     def shared(tree: TokenTree) -> Proposal:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdec.errors import InputError
-from specdec.estimates import Average, Meter
-from specdec.policy import Constant, Plan, Policy, PolicyRun, RoundFacts, check_k
+from specdec.estimates import ACCEPTANCE_CARRIED, Average, Meter
+from specdec.policy import MEASURED, Constant, Plan, Policy, PolicyRun, RoundFacts, check_k
 from specdec.tree import structure
 
 
@@ -99,7 +99,7 @@ class AdaptiveTreeRun(PolicyRun):
 
     def plan(self) -> Plan:
         policy = self.policy
-        if self.rounds < 3:
+        if self.rounds < MEASURED:
             # Measure first: one plain round, and two of a tree as small as a chain.
             return Plan(0) if self.rounds == 1 else Plan(policy.k, budget=policy.k, width=policy.width)
         costs = self.meter.costs()
@@ -159,3 +159,17 @@ class AdaptiveTree(Policy):
 
     def start(self) -> AdaptiveTreeRun:
         return AdaptiveTreeRun(self)
+
+    def resume(self, last: PolicyRun) -> AdaptiveTreeRun:
+        if not isinstance(last, AdaptiveTreeRun):
+            return self.start()
+        run = AdaptiveTreeRun(
+            self,
+            last.meter.carried(),
+            last.accepted.carried(ACCEPTANCE_CARRIED),
+            last.expected.carried(ACCEPTANCE_CARRIED),
+            last.emitted.carried(ACCEPTANCE_CARRIED),
+            last.seconds.carried(ACCEPTANCE_CARRIED),
+        )
+        run.rounds = MEASURED if run.meter.tells_plain else 0
+        return run

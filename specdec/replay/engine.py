@@ -80,9 +80,9 @@ class _Walk:
     def view(self, text: Text) -> View:
         return View(self.recording, text, self.doubts, self.assume)
 
-    def rounds(self, view: View, draw: random.Random) -> list[Round]:
+    def rounds(self, view: View, draw: random.Random, run: PolicyRun) -> list[Round]:
         text = view.text
-        length, run = min(text.num_tokens, self.max_new_tokens), self.policy.start()
+        length = min(text.num_tokens, self.max_new_tokens)
         room, at, made = min(text.room, self.max_new_tokens), 0, []
         while at < length:
             made.append(self._round(view, run, at, room - at, draw))
@@ -220,7 +220,13 @@ def replay(
 def _go(walk: _Walk, times: int) -> list[list[Round]]:
     draw = random.Random(0)
     views = [walk.view(text) for text in walk.recording.texts]
-    return [[r for _ in range(times) for r in walk.rounds(view, draw)] for view in views]
+    made: list[list[Round]] = [[] for _ in views]
+    for _ in range(times):
+        last: PolicyRun | None = None
+        for view, rounds in zip(views, made, strict=True):
+            last = walk.policy.start() if last is None else walk.policy.resume(last)
+            rounds += walk.rounds(view, draw, last)
+    return made
 
 
 def _pooled(recording: Recording, walk: _Walk, texts: list[list[Round]], times: int) -> Stats:

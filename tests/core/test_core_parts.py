@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import NoRepeatNGramLogitsProcessor
 
 import specdec
+from specdec import chance as chance_module
 from specdec import decoder as decoder_module
 from specdec.chance import CounterChance, GreedyChance, exponentials, uniforms
 from specdec.drafter import Outcome
@@ -219,6 +220,22 @@ def test_streams_do_not_meet() -> None:
     assert int((a == b).sum()) < 5
     assert int((a == draft.draw(torch.ones(64, 1000))).sum()) < 5  # nor do two draws of one stream
     assert torch.equal(CounterChance(3, "draft").draw(torch.ones(64, 1000)), a)
+
+
+def test_streams_of_one_chance_make_their_common_noise_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(chance_module, "exponentials", lambda *args: made.append(1) or exponentials(*args))
+    verify = CounterChance(3, "verify")
+    draft = verify.stream("draft")
+    weights = torch.rand(2, 50, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(verify.race(weights, [4, 5], 3), draft.race(weights, [4, 5], 3))
+    assert made == [1]
+    assert torch.equal(draft.race(weights, [4, 5], 3), CounterChance(3, "draft").race(weights, [4, 5], 3))
+    ones = torch.ones(64, 1000)
+    assert torch.equal(draft.draw(ones), CounterChance(3, "draft").draw(ones))
+    assert not torch.equal(verify.draw(ones), CounterChance(3, "draft").draw(ones))
+    greedy = GreedyChance()
+    assert greedy.stream("draft") is greedy
 
 
 def test_greedy_chance_decides_by_weight() -> None:

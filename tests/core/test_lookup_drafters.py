@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,19 @@ def test_suffix_proposes_the_most_frequent_continuation(text: list[int], limit: 
         assert len(got) >= len(expected)
     else:
         assert got == expected
+
+
+def test_suffix_says_how_many_tokens_it_expects() -> None:
+    """By how often each way on was taken: 3 after 1, 2 in two of three places; then 5 behind 3 always."""
+    drafter = SuffixDrafter(factor=0, offset=2, floor=0.0)
+    text = [1, 2, 3, 5, 1, 2, 3, 5, 1, 2, 4, 9, 1, 2]
+    state = drafter.start(Request(tuple(text), Sampling(), Draw.POINT, 16, 64))
+    found = drafter.propose(state, Plan(2), GreedyChance())
+    assert found.tree.tokens.tolist() == [3, 5]
+    assert found.expected == pytest.approx(2 / 3 + 2 / 3)
+    assert drafter.propose(state, Plan(1), GreedyChance()).expected == pytest.approx(2 / 3)
+    ending = replace(state, eos_ids=frozenset({3}))
+    assert drafter.propose(ending, Plan(2), GreedyChance()).expected == pytest.approx(2 / 3)
 
 
 def test_suffix_limits_its_length_by_the_match() -> None:

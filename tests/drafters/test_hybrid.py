@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from specdec.drafters import HybridDrafter, ModelDrafter, NgramDrafter, SuffixDrafter
-from specdec.drafters.hybrid import Track, _merged
+from specdec.drafters.hybrid import Track, _bin, _merged
 
 import specdec
 from specdec.costs import Costs
@@ -110,6 +110,13 @@ def test_estimates_follow_what_was_seen() -> None:
     assert second > 0.9
     assert third < 0.1
     assert fourth < third
+
+
+@pytest.mark.parametrize(
+    ("length", "expected", "bin"), [(9, 0.2, 0), (1, None, 1), (2, 0.9, 2), (2, None, 2), (3, None, 3), (9, 8.5, 5)]
+)
+def test_lookups_are_told_apart_by_what_they_expect(length: int, expected: float | None, bin: int) -> None:
+    assert _bin(Proposal.point(TokenTree.chain(list(range(length))), expected)) == bin
 
 
 def test_costs_pick_the_length() -> None:
