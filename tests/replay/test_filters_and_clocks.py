@@ -229,3 +229,11 @@ def test_rounds_of_a_replay_hold_plain_seconds() -> None:
     found = replay(recorded(), Throughput(limit=3))
     assert {type(r.seconds) for r in found.rounds} == {dict}
     assert replace(found.rounds[0]) == found.rounds[0]
+
+
+def test_a_text_goes_on_from_the_one_before_as_in_a_decoder() -> None:
+    found = replay(recorded(), Throughput(k=3, limit=3))
+    first, *others = ([r.num_nodes for r in text[:3]] for text in found.texts)
+    assert first[1] == 0  # measures what a plain round takes
+    assert others
+    assert all(0 not in nodes for nodes in others)
