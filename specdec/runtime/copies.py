@@ -22,6 +22,9 @@ class StandIn(nn.Module):
         dtype: torch.dtype = self.inner.dtype
         return dtype
 
+    def get_input_embeddings(self) -> Any:
+        return self.inner.get_input_embeddings()
+
     def get_output_embeddings(self) -> Any:
         return self.inner.get_output_embeddings()
 

@@ -347,3 +347,18 @@ def test_a_head_that_was_untied_has_a_graph_of_its_own() -> None:
     tied = graph.fingerprint(CompiledBackend.open(model, compile="never")._shared.native)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     assert graph.fingerprint(CompiledBackend.open(model, compile="never")._shared.native) != tied
+
+
+@pytest.mark.parametrize("drafter", ["early_exit", "self_quant"])
+def test_parts_and_copies_of_a_tied_model_have_graphs_of_their_own(
+    drafter: str, cache: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What a graph is kept under tells a tied head from an untied one, of whatever stands in the model's place too."""
+    target = tiny_models.tiny("llama-tied").float()
+    made = specdec.SpeculativeDecoder(target, drafter=drafter, backend="compiled", policy=Fixed(2))
+    out = made.generate(PROMPT, max_new_tokens=6, strict=True)
+    assert out.tokens == made.generate_plain(PROMPT, max_new_tokens=6).tokens
+    assert [str(w.message) for w in recwarn if w.category is BackendWarning] == []
+    found = made.backend
+    parts = [found.lower, found.upper] if drafter == "early_exit" else [found._draft]
+    assert len({graph.path_of(part._shared.native) for part in parts}) == len(parts)
