@@ -5,7 +5,7 @@
 
 Each group is one run of `specdec bench`; one that has its file of the same day already is not run again, so that a run
 that was cut short goes on where it stopped (`--again` starts anew). Writes a JSON file per group and a table,
-`results.md`. About twelve minutes on two cores for the first two groups with both peers; `--groups` chooses.
+`results.md`. About twelve minutes on two cores for the groups of the 134m pair with both peers; `--groups` chooses.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ HERE = Path(__file__).parent
 # What each runs. Only some are part of the default: on the CPU, and on a GPU.
 GROUPS: dict[str, list[str]] = {
     "134m-bf16": ["--preset", "134m", "--dtype", "bf16", "--prompts", "2", "--repetitions", "3", "--profile"],
+    "134m-bf16-draft-int8": [
+        *("--preset", "134m", "--dtype", "bf16", "--prompts", "2", "--repetitions", "3"),
+        *("--draft-quantize", "int8", "--backend", "compiled", "--no-transformers"),
+    ],
     "134m-fp32": ["--preset", "134m", "--dtype", "fp32", "--prompts", "1", "--repetitions", "3", "--k", "3,4,5"],
     "embedded": ["--preset", "embedded", "--prompts", "4", "--repetitions", "3", "--drafters", "model,ngram"],
     "350m-bf16": ["--preset", "350m", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
     "1b-bf16": ["--preset", "1b", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
     "3b-bf16": ["--preset", "3b", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
 }
-DEFAULT_GROUPS = ("134m-bf16", "134m-fp32", "embedded")
+DEFAULT_GROUPS = ("134m-bf16", "134m-bf16-draft-int8", "134m-fp32", "embedded")
 GPU_GROUPS = ("1b-bf16", "3b-bf16")
+WITH_PEERS = ("134m-bf16", "134m-fp32")
 QUICK = ["--prompts", "1", "--repetitions", "1", "--max-new-tokens", "8", "--k", "3", "--retries", "0"]
 HEAD = ("row", "ms/token", "× our plain", "× own plain", "tokens/step", "own text", "efficiency", "clean")
 
@@ -123,7 +128,7 @@ def main() -> None:
         path = args.out / f"{name}-{'' if on_cpu else 'gpu-'}{today}.json"
         if args.again or not path.is_file():
             words = ["bench", *GROUPS[name], "--device", args.device, *(QUICK if args.quick else [])]
-            if name.startswith("134m"):
+            if name in WITH_PEERS:
                 words += [word for peer in args.peer for word in ("--peer", peer)]
             if args.threads and name != "embedded":
                 words += ["--threads", args.threads]

@@ -153,10 +153,16 @@ def batch(report: Report) -> Found:
     return None if row is None or not row["over_own_plain"] else (row["over_own_plain"]["median"], row["name"])
 
 
-def _on(preset: str, dtype: str | None = None, device: str = "cpu") -> Callable[[Report], bool]:
+def _on(
+    preset: str, dtype: str | None = None, device: str = "cpu", draft: str | None = None
+) -> Callable[[Report], bool]:
+    """`draft`: how the draft's weights are stored, None: as they were made, like the target's."""
+
     def where(report: Report) -> bool:
         fits = report["preset"] == preset and report["device_type"] == device
-        return bool(fits and dtype in (None, report["dtype"]))
+        stored = report.get("stored_as", {})
+        as_made = stored.get("target") is None and stored.get("draft") == draft
+        return bool(fits and as_made and dtype in (None, report["dtype"]))
 
     return where
 
@@ -173,6 +179,13 @@ TARGETS: Sequence[Target] = (
     Target("over transformers generate", 2.0, over_generate, _MAIN, _RUN),
     Target("over our plain compiled loop", 1.35, over_own_plain, _MAIN, _RUN + _COMPILED),
     Target("… share of that pair's ideal", WITHIN_IDEAL, of_ideal, _MAIN, _RUN + _COMPILED),
+    Target(
+        "over our plain loop, draft in int8",
+        1.35,
+        over_own_plain,
+        _on("134m", BF16, draft="int8"),
+        _RUN + _COMPILED + ", --draft-quantize int8",
+    ),
     Target("plain compiled over transformers generate", 1.4, plain_over_generate, _MAIN, _RUN + _COMPILED),
     Target("efficiency, 134m", 0.93, efficiency, _MAIN, _RUN),
     Target("efficiency, embedded pair", 0.80, efficiency, _on("embedded"), "embedded"),

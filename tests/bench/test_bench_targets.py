@@ -95,3 +95,16 @@ def test_several_runs_fill_the_table_together(report):
     found = verdicts(report, exact)
     assert found["verify 8 ÷ decode 1, bf16"].verdict == found["verify 8 ÷ decode 1, fp32"].verdict == MET
     assert found["over transformers generate"].verdict == MET
+
+
+def test_a_draft_in_fewer_bits_is_judged_by_itself(report):
+    """Its pair is another one: it does not stand for the pair that other engines run."""
+    own, int8 = "over our plain compiled loop", "over our plain loop, draft in int8"
+    assert verdicts(report)[int8].verdict == NOT_MEASURED
+    stored = {**report, "stored_as": {"target": None, "draft": "int8"}}
+    assert verdicts(stored)[int8].verdict == MET
+    assert verdicts(stored)[own].verdict == NOT_MEASURED
+    assert verdicts(stored)["over transformers generate"].verdict == NOT_MEASURED
+    both = verdicts(stored, report)
+    assert (both[own].verdict, both[int8].verdict) == (MET, MET)
+    assert verdicts({**report, "stored_as": {"target": "int8", "draft": "int8"}})[int8].verdict == NOT_MEASURED
