@@ -26,8 +26,9 @@ from specdec.tree import TokenTree
 _OF_MODEL, _OF_LOOKUP, _SAMPLED = 0.6, (0.15, 0.3, 0.45, 0.5, 0.6, 0.75), 0.5
 _EXPECTED = (0.3, 0.6, 1.0, 2.0, 4.0)
 _NEURAL = "neural"
-# A part that keeps losing is tried ever more rarely, up to so many times the usual pause.
-_LONGEST_PAUSE = 8
+# A part that keeps losing is tried ever more rarely, up to so many times the usual pause. One that is nearly as good is
+# tried after this share of it: a few samples decide there, and a wrong decision costs more than trying.
+_LONGEST_PAUSE, _NEAR, _SOON = 8, 0.85, 0.25
 
 Tracks = dict[str, Track]
 
@@ -73,7 +74,7 @@ class HybridDrafter(ModelRunner):
     Both are weighed in expected tokens per second: acceptance by depth is learnt from the text, for retrieved drafts by
     what the lookup expects; costs are the policy's measurements where it has some (`throughput`), and a text then
     starts from what the one before has shown; else a draft step counts `draft_cost` of a verification. The one that
-    was not taken is tried again after `probe_every` rounds, and ever more rarely while it loses. Under a policy of
+    was not taken is tried again after `probe_every` rounds, sooner when it is nearly as good, and ever more rarely while it loses. Under a policy of
     trees both go into one tree. `retrieval` and `neural`: drafters, or names.
 
     Lossless: yes, with every lossless verifier: which of them proposes depends on earlier rounds, and on a draft that
@@ -155,7 +156,9 @@ class HybridDrafter(ModelRunner):
             # Nobody measured what drafting costs: as deep as was asked for.
             drafted = plan.depth
             rate = (1 + sum(survival[:drafted])) / costs.round(drafted, drafted, self.neural.name)
-        if state.since_neural >= self._pause(state):
+        one = (1 + sum(survival[:1])) / costs.round(1, 1, self.neural.name)
+        pause = _SOON * self.probe_every if one >= _NEAR * max(lookup_rate, rate) else self._pause(state)
+        if state.since_neural >= pause:
             return 0, max(1, drafted)
         if found and state.since_retrieval >= self.probe_every:
             return max(1, lookup), 0

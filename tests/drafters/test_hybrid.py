@@ -164,3 +164,21 @@ def test_by_name_on_the_embedded_pair() -> None:
     assert origins(out) <= {"ngram", "model", "target"}
     assert made.drafter.propose is not None
     assert Plan(2, limit=8).deepest == 8
+
+
+def test_a_part_that_is_nearly_as_good_is_tried_again_soon(target: torch.nn.Module) -> None:
+    """One sample too few decided against it; waiting long would cost more than trying."""
+
+    def pause(level: float) -> int:
+        """Rounds until the neural part is tried again, which lost its first draft, at so many seconds a level."""
+        made = HybridDrafter(NgramDrafter(), ModelDrafter(target), probe_every=24)
+        request = specdec.SpeculativeDecoder(target).prepare([3, 5, 7]).request
+        state = made.start(request)
+        plan = Plan(4, costs=Costs({1: 1.0, 5: 1.0}, draft_average=level), limit=4)
+        state.track("neural", plan).observe(0, 1)
+        while made._lengths(state, plan, "", 0) == (0, 0):
+            state.since_neural += 1
+        return state.since_neural
+
+    assert pause(0.45) == 6
+    assert pause(3.0) == 24
