@@ -73,9 +73,9 @@ class HybridDrafter(ModelRunner):
 
     Both are weighed in expected tokens per second: acceptance by depth is learnt from the text, for retrieved drafts by
     what the lookup expects; costs are the policy's measurements where it has some (`throughput`), and a text then
-    starts from what the one before has shown; else a draft step counts `draft_cost` of a verification. The one that
-    was not taken is tried again after `probe_every` rounds, sooner when it is nearly as good, and ever more rarely while it loses. Under a policy of
-    trees both go into one tree. `retrieval` and `neural`: drafters, or names.
+    starts from what the one before has shown; else a draft step counts `draft_cost` of a verification. A part is
+    tried again after `probe_every` rounds without it; the neural one sooner when it is nearly as good, and ever more
+    rarely while it loses. Under a policy of trees both go into one tree. `retrieval` and `neural`: drafters, or names.
 
     Lossless: yes, with every lossless verifier: which of them proposes depends on earlier rounds, and on a draft that
     is a point mass.
@@ -212,6 +212,8 @@ def _part(outcome: Outcome, count: int) -> Outcome:
     tree = outcome.proposal.tree
     if count == len(tree):
         return outcome
+    if not count:
+        return replace(outcome, proposal=Proposal.empty(), path=(), logits=outcome.logits[:1])
     own = replace(
         outcome.proposal,
         tree=TokenTree(tree.tokens[:count], tree.parents[:count]),
