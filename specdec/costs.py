@@ -56,13 +56,9 @@ class Costs:
             self._verified[width] = _between(self.verify, self._widths, width)
         return self._verified[width]
 
-    def level(self, origin: str = "") -> float:
-        """Seconds of one level of drafting."""
-        return self.draft.get(origin, self.draft_average)
-
     def round(self, nodes: int, levels: int, origin: str = "") -> float:
         """Seconds of a round that drafts `nodes` in `levels` steps."""
-        return self.verified(nodes + 1) + levels * self.level(origin) + self.other
+        return self.verified(nodes + 1) + levels * self.draft.get(origin, self.draft_average) + self.other
 
     def best_length(self, survival: Sequence[float], origin: str = "", levels: int | None = None) -> tuple[int, float]:
         """The chain length with the most expected tokens per second, 0 included, and that rate.
@@ -70,12 +66,10 @@ class Costs:
         `survival[i]`: the probability that the chain's first i + 1 tokens are accepted. `levels`: draft steps whatever
         the length; None: one per token.
         """
-        level, each = self.level(origin), levels is None
         best, best_rate, expected = 0, 1.0 / self.round(0, 0), 1.0
         for length, probability in enumerate(survival, 1):
             expected += probability
-            drafting = level * (length if each else levels or 0)
-            rate = expected / (self.verified(length + 1) + drafting + self.other)
+            rate = expected / self.round(length, length if levels is None else levels, origin)
             if rate > best_rate:
                 best, best_rate = length, rate
         return best, best_rate

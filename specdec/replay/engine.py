@@ -222,10 +222,10 @@ def _go(walk: _Walk, times: int) -> list[list[Round]]:
     views = [walk.view(text) for text in walk.recording.texts]
     made: list[list[Round]] = [[] for _ in views]
     for _ in range(times):
-        last: PolicyRun | None = None
+        run: PolicyRun | None = None
         for view, rounds in zip(views, made, strict=True):
-            last = walk.policy.start() if last is None else walk.policy.resume(last)
-            rounds += walk.rounds(view, draw, last)
+            run = walk.policy.start() if run is None else walk.policy.resume(run)
+            rounds += walk.rounds(view, draw, run)
     return made
 
 
