@@ -13,7 +13,7 @@ from specdec.chance import Chance
 from specdec.costs import Costs
 from specdec.drafter import BuildContext, Drafter, ModelRunner, Outcome, Prefill, Request
 from specdec.errors import InputError
-from specdec.estimates import Track
+from specdec.estimates import ACCEPTANCE_CARRIED, Track
 from specdec.loading import resolve_drafter
 from specdec.policy import Plan
 from specdec.proposal import Proposal
@@ -26,9 +26,14 @@ from specdec.tree import TokenTree
 _OF_MODEL, _OF_LOOKUP, _SAMPLED = 0.6, (0.15, 0.3, 0.45, 0.5, 0.6, 0.75), 0.5
 _EXPECTED = (0.3, 0.6, 1.0, 2.0, 4.0)
 _NEURAL = "neural"
+# The neural part's acceptance varies less from text to text than a lookup's, and what is decided on few samples is not
+# measured again for a while: more rounds count, and more of earlier texts.
+_NEURAL_HALF_LIFE, _NEURAL_CARRIED = 64.0, 8.0
 # A part that keeps losing is tried ever more rarely, up to so many times the usual pause. One that is nearly as good is
-# tried after this share of it: a few samples decide there, and a wrong decision costs more than trying.
-_LONGEST_PAUSE, _NEAR, _SOON = 8, 0.85, 0.25
+# tried after so many rounds: a few samples decide there, and a wrong decision costs more than trying.
+_LONGEST_PAUSE, _NEAR, _SOON = 8, 0.9, 4
+
+_NOTHING = Proposal.empty()
 
 Tracks = dict[str, Track]
 
@@ -53,11 +58,12 @@ class HybridState:
 
     def _begun(self, name: str) -> Track:
         if name == _NEURAL:
-            return Track(_OF_MODEL)
+            return Track(_OF_MODEL, _NEURAL_HALF_LIFE)
         return Track(_OF_LOOKUP[int(name[-1])] * (1.0 if self.request.sampling.is_greedy else _SAMPLED))
 
     def _resumed(self, name: str) -> Track:
-        track = self.earlier[name].carried() if name in self.earlier else self._begun(name)
+        most = _NEURAL_CARRIED if name == _NEURAL else ACCEPTANCE_CARRIED
+        track = self.earlier[name].carried(most) if name in self.earlier else self._begun(name)
         self.earlier[name] = track
         return track
 
@@ -135,7 +141,7 @@ class HybridDrafter(ModelRunner):
         state.num_neural = 0
         if lookup:
             state.proposed = name
-            return replace(_first(found, lookup), origin=self.retrieval.name)
+            return _first(found, lookup, self.retrieval.name)
         if not drafted:
             return Proposal.empty()
         state.proposed = _NEURAL
@@ -157,7 +163,7 @@ class HybridDrafter(ModelRunner):
             drafted = plan.depth
             rate = (1 + sum(survival[:drafted])) / costs.round(drafted, drafted, self.neural.name)
         one = (1 + sum(survival[:1])) / costs.round(1, 1, self.neural.name)
-        pause = _SOON * self.probe_every if one >= _NEAR * max(lookup_rate, rate) else self._pause(state)
+        pause = _SOON if one >= _NEAR * max(lookup_rate, rate) else self._pause(state)
         if state.since_neural >= pause:
             return 0, max(1, drafted)
         if found and state.since_retrieval >= self.probe_every:
@@ -177,7 +183,8 @@ class HybridDrafter(ModelRunner):
             return replace(drawn, origin=self.neural.name)
         survival = state.track(name, plan).survival(len(found.tree))
         length, _ = (plan.costs or Costs()).best_length(survival, self.retrieval.name, levels=0)
-        return _merged(drawn, _first(found, min(length, plan.depth)), f"{self.neural.name}+{self.retrieval.name}")
+        origin = f"{self.neural.name}+{self.retrieval.name}"
+        return _merged(drawn, _first(found, min(length, plan.depth), origin), origin)
 
     def observe(self, state: HybridState, outcome: Outcome) -> HybridState:
         if state.proposed not in ("", "both") and len(outcome.proposal.tree):
@@ -202,9 +209,12 @@ class HybridDrafter(ModelRunner):
         return self.neural.bytes_for(length)
 
 
-def _first(proposal: Proposal, length: int) -> Proposal:
+def _first(proposal: Proposal, length: int, origin: str) -> Proposal:
     """The first nodes of a chain of point masses."""
-    return Proposal.point(TokenTree.chain(proposal.tree.tokens[:length]))
+    tree = proposal.tree
+    if length < len(tree):
+        tree = TokenTree(tree.tokens[:length], tree.parents[:length])
+    return Proposal(tree, proposal.draws[:length], origin=origin)
 
 
 def _part(outcome: Outcome, count: int) -> Outcome:
@@ -213,7 +223,7 @@ def _part(outcome: Outcome, count: int) -> Outcome:
     if count == len(tree):
         return outcome
     if not count:
-        return replace(outcome, proposal=Proposal.empty(), path=(), logits=outcome.logits[:1])
+        return Outcome(_NOTHING, (), outcome.tokens, outcome.logits[:1], outcome.broken)
     own = replace(
         outcome.proposal,
         tree=TokenTree(tree.tokens[:count], tree.parents[:count]),

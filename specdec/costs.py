@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 
 def cost_at(known: Mapping[int, float], width: int) -> float:
@@ -32,7 +33,8 @@ def _between(known: Mapping[int, float], widths: Sequence[int], width: int) -> f
 class Costs:
     """Seconds of a round's parts. Without measurements: verification is free of width, and a draft step is a tenth.
 
-    `verify`: of the target's forward by its rows. `draft`: of one level of drafting, by the proposal's origin; the
+    `verify`: of the target's forward by its rows; no number of rows counts as dearer than a larger one, since where it
+    is, it was measured while it was being compiled. `draft`: of one level of drafting, by the proposal's origin; the
     average of all where an origin was not measured. `other`: of everything else in a round.
     """
 
@@ -46,6 +48,12 @@ class Costs:
         return sorted(self.verify)
 
     @cached_property
+    def _rising(self) -> dict[int, float]:
+        """`verify`, bounded by what more rows take."""
+        seconds = list(accumulate((self.verify[width] for width in reversed(self._widths)), min))
+        return dict(zip(self._widths, reversed(seconds), strict=True))
+
+    @cached_property
     def _verified(self) -> dict[int, float]:
         """Seconds by width, of those that were asked for: a round asks for most of them several times."""
         return {}
@@ -53,7 +61,7 @@ class Costs:
     def verified(self, width: int) -> float:
         """Seconds of a target forward over so many rows."""
         if width not in self._verified:
-            self._verified[width] = _between(self.verify, self._widths, width)
+            self._verified[width] = _between(self._rising, self._widths, width)
         return self._verified[width]
 
     def round(self, nodes: int, levels: int, origin: str = "") -> float:
@@ -67,9 +75,12 @@ class Costs:
         the length; None: one per token.
         """
         best, best_rate, expected = 0, 1.0 / self.round(0, 0), 1.0
+        most = 1.0 + sum(survival)
         for length, probability in enumerate(survival, 1):
+            seconds = self.round(length, length if levels is None else levels, origin)
+            if most <= best_rate * seconds:  # neither this length nor a longer one can be better
+                break
             expected += probability
-            rate = expected / self.round(length, length if levels is None else levels, origin)
-            if rate > best_rate:
-                best, best_rate = length, rate
+            if expected > best_rate * seconds:
+                best, best_rate = length, expected / seconds
         return best, best_rate

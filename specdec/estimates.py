@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
@@ -20,6 +19,8 @@ _HALF_LIFE, _HALF_LIFE_OF_ALL = 16.0, 256.0
 ACCEPTANCE_CARRIED, _COST_CARRIED = 3.0, 8.0
 # What is not measured again loses so much of that from text to text, and goes when it is worth less than this.
 _KEPT, _LEAST = 0.7, 0.2
+# Costs are summed up anew after so many rounds, and after a round that measured what was measured less often.
+_SUMMED_EVERY = 4
 # A step that takes this part of its average has been compiled meanwhile: what it took before is over.
 _FASTER = 1 / 3
 
@@ -31,10 +32,14 @@ class Average:
     half_life: float
     total: float = 0.0
     weight: float = 0.0
+    _keep: float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._keep = 0.5 ** (1 / self.half_life)
 
     def add(self, value: float) -> None:
-        keep = 0.5 ** (1 / self.half_life)
-        self.total, self.weight = self.total * keep + value, self.weight * keep + 1
+        self.total = self.total * self._keep + value
+        self.weight = self.weight * self._keep + 1
 
     def mean(self, prior: float = 0.0, strength: float = 0.0) -> float:
         if not self.weight + strength:  # of nothing
@@ -79,9 +84,9 @@ class Track:
             for depth in range(evaluated):
                 averages[depth].add(float(depth < accepted))
 
-    def carried(self) -> Track:
+    def carried(self, most: float = ACCEPTANCE_CARRIED) -> Track:
         """One for the next text. Texts differ: it starts near all of them, and not where the last one ended."""
-        start = [average.carried(ACCEPTANCE_CARRIED, self.half_life) for average in self.of_all]
+        start = [average.carried(most, self.half_life) for average in self.of_all]
         return Track(self.prior, self.half_life, start, self.of_all)
 
 
@@ -93,15 +98,20 @@ class Meter:
     draft: Average = field(default_factory=lambda: Average(_HALF_LIFE))
     draft_by: dict[str, Average] = field(default_factory=dict)
     other: Average = field(default_factory=lambda: Average(_HALF_LIFE))
+    _summed: Costs | None = None
+    _rounds: int = 0  # since then
 
     def observe(self, facts: RoundFacts) -> None:
         seconds = facts.seconds
-        _measured(self.verify, facts.num_nodes + 1, seconds.get("verify", 0.0))
+        known = _measured(self.verify, facts.num_nodes + 1, seconds.get("verify", 0.0))
         if facts.depth_proposed:
             level = seconds.get("draft", 0.0) / facts.depth_proposed
             self.draft.add(level)
-            _measured(self.draft_by, facts.drafter, level)
+            known &= _measured(self.draft_by, facts.drafter, level)
         self.other.add(seconds.get("commit", 0.0) + seconds.get("other", 0.0))
+        self._rounds += 1
+        if not known or self._rounds == _SUMMED_EVERY:
+            self._summed = None
 
     @property
     def tells_plain(self) -> bool:
@@ -109,33 +119,32 @@ class Meter:
         return 1 in self.verify and len(self.verify) > 1
 
     def costs(self) -> Costs:
-        """As measured so far."""
-        return Costs(
-            {width: average.mean() for width, average in self.verify.items()},
-            {origin: average.mean() for origin, average in self.draft_by.items()},
-            self.draft.mean(),
-            self.other.mean(),
-        )
+        """As measured so far; what is well known is not summed up anew in each round."""
+        if self._summed is None:
+            self._rounds = 0
+            self._summed = Costs(
+                {width: average.mean() for width, average in self.verify.items()},
+                {origin: average.mean() for origin, average in self.draft_by.items()},
+                self.draft.mean(),
+                self.other.mean(),
+            )
+        return self._summed
 
     def carried(self) -> Meter:
-        """What another text may start from: what was measured seldom, and no more, is forgotten text by text.
-
-        No width is dearer than a wider one: where it is, it was measured while it was being compiled.
-        """
+        """What another text may start from: what was measured seldom, and no more, is forgotten text by text."""
         verify: dict[int, Average] = {}
-        bound = math.inf
-        for width, average in sorted(self.verify.items(), reverse=True):
+        for width, average in self.verify.items():
             kept = average.carried(min(_COST_CARRIED, _KEPT * average.weight))
             if kept.weight >= _LEAST:
-                bound = min(bound, kept.mean())
-                verify[width] = Average(kept.half_life, bound * kept.weight, kept.weight)
+                verify[width] = kept
         by = {origin: average.carried(_COST_CARRIED) for origin, average in self.draft_by.items()}
         return Meter(verify, self.draft.carried(_COST_CARRIED), by, self.other.carried(_COST_CARRIED))
 
 
-def _measured(known: dict[Any, Average], key: Any, seconds: float) -> None:
-    """Add a measurement; one far below the average starts a new one."""
+def _measured(known: dict[Any, Average], key: Any, seconds: float) -> bool:
+    """Add a measurement; one far below the average starts a new one. Whether it was one among several."""
     average = known.get(key)
     if average is None or seconds < _FASTER * average.mean():
         average = known[key] = Average(_HALF_LIFE)
     average.add(seconds)
+    return average.weight >= _SUMMED_EVERY

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import pytest
@@ -112,14 +114,14 @@ def test_a_step_that_was_being_compiled_is_soon_forgotten() -> None:
     assert meter.costs().draft["model"] == pytest.approx(0.00025)
 
 
-def test_no_carried_width_is_dearer_than_a_wider_one() -> None:
+def test_no_width_counts_as_dearer_than_a_wider_one() -> None:
     meter = Meter()
     for nodes, seconds in ((4, 0.004), (0, 2.0), (4, 0.004)):  # the plain step was compiled in its only round
         meter.observe(Facts(nodes, {"verify": seconds}))
     assert meter.costs().verify[1] == 2.0
     carried = meter.carried()
     assert carried.tells_plain
-    assert carried.costs().verify == pytest.approx({1: 0.004, 5: 0.004})
+    assert carried.costs().verified(1) == meter.costs().verified(1) == pytest.approx(0.004)
 
 
 def test_widths_that_are_not_met_again_are_forgotten() -> None:
@@ -189,12 +191,34 @@ def test_who_goes_on_from_whom() -> None:
 )
 def test_costs_that_are_remembered_are_those_that_were_measured(known: dict[int, float], widths: list[int]) -> None:
     costs = Costs(known)
+    rising = {width: min(seconds for wider, seconds in known.items() if wider >= width) for width in known}
     for width in [*widths, *widths]:
-        assert costs.verified(width) == cost_at(known, width)
+        assert costs.verified(width) == cost_at(rising, width)
     assert all(cost_at(known, width) == seconds for width, seconds in known.items())
     narrowest, widest = min(known), max(known)
     assert cost_at(known, widest + 5) >= known[widest]
     assert cost_at(known, max(1, narrowest - 1)) == known[narrowest]
+
+
+@given(
+    known=st.dictionaries(st.integers(1, 30), st.floats(0.1, 10.0), min_size=1, max_size=6),
+    acceptance=st.lists(st.floats(0.0, 1.0), max_size=16),
+    level=st.floats(0.0, 2.0),
+    levels=st.none() | st.integers(0, 3),
+)
+def test_the_best_length_is_the_best_of_all(
+    known: dict[int, float], acceptance: list[float], level: float, levels: int | None
+) -> None:
+    """The search stops where no longer draft can be better; none that was left out is."""
+    costs = Costs(known, draft_average=level)
+    survival = list(accumulate(acceptance, mul))
+    rates = [1 / costs.round(0, 0)]
+    for length in range(1, len(survival) + 1):
+        seconds = costs.round(length, length if levels is None else levels)
+        rates.append((1 + sum(survival[:length])) / seconds)
+    best, rate = costs.best_length(survival, levels=levels)
+    assert rate == pytest.approx(max(rates))
+    assert rates[best] == pytest.approx(rate)
 
 
 def test_an_average_is_carried_with_less_weight() -> None:

@@ -180,5 +180,5 @@ def test_a_part_that_is_nearly_as_good_is_tried_again_soon(target: torch.nn.Modu
             state.since_neural += 1
         return state.since_neural
 
-    assert pause(0.45) == 6
+    assert pause(0.4) == 4
     assert pause(3.0) == 24
