@@ -84,9 +84,8 @@ def group_text(name: str, report: dict[str, Any]) -> str:
         f"Backends: {backends}.\n"
         f"Bare steps: {steps}.\n"
         f"Read bandwidth {machine['read_bytes_per_second'] / 1e9:.1f} GB/s ({machine['read_by']}); the "
-        f"{machine['backend']} step reaches {machine['share']:.2f} of it.\n\n"
-        + table(HEAD, [line(row, report["prompts"]) for row in report["rows"]])
-        + absent
+        f"{machine['backend']} step reaches {machine['share_of_best']:.2f} of it, and {machine['share']:.2f} of the "
+        f"reading of its turn.\n\n" + table(HEAD, [line(row, report["prompts"]) for row in report["rows"]]) + absent
     )
 
 

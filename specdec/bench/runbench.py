@@ -64,6 +64,12 @@ class BareProbe:
     def costs(self) -> bare.BareCosts:
         return bare.collect(self.seconds, self.length)
 
+    @property
+    def plain_steps(self) -> list[float]:
+        """Seconds of one row: the median of each block."""
+        values, size = self.seconds["target", 1], _BARE_REPETITIONS
+        return [statistics.median(values[at : at + size]) for at in range(0, len(values), size)]
+
     def ratio(self, width: int) -> float | None:
         """The cost of `width` rows in that of one; None when this width was not measured."""
         target = self.costs.target
@@ -77,7 +83,7 @@ class Bench:
     methods: list[Method]
     samples: dict[str, list[list[Sample]]]
     probes: dict[str, BareProbe]
-    bandwidth: list[float]
+    bandwidth: list[float]  # bytes per second, one reading a turn
     gate: Gate
     absent: list[Absent] = field(default_factory=list)
 

@@ -101,7 +101,8 @@ def _limits(console: Console, report: dict[str, Any]) -> None:
     line = (
         f"read bandwidth {machine['read_bytes_per_second'] / 1e9:.1f} GB/s (median of the run "
         f"{machine['read_bytes_per_second_median'] / 1e9:.1f}; {machine['read_by']}); the {machine['backend']} step "
-        f"reads {machine['bytes_per_token'] / 1e6:.0f} MB a token: {machine['share']:.2f} of it"
+        f"reads {machine['bytes_per_token'] / 1e6:.0f} MB a token: {machine['share']:.2f} of the reading beside it, "
+        f"{machine['share_of_best']:.2f} of the best"
     )
     _section(console, "Limits", table, f"[dim]{line}[/]")
     drafting = [row for row in report["rows"] if row["ideal"] and "ideal_speedup" in row["ideal"]]

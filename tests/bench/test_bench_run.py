@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specdec.bench.benchmark import Subject, machine
 from specdec.bench.machine import ReadProbe, streamed_bytes
 from specdec.bench.rows import OURS, Absent, Made, Method, warm_up
 from specdec.bench.runbench import BareProbe, Bench, Sample, run
@@ -135,3 +136,17 @@ def test_the_bandwidth_is_of_the_best_pass(monkeypatch):
     ticks = iter([0, 4, 10, 12, 20, 23, 30, 38])  # passes of 4, 2, 3 and 8 seconds
     monkeypatch.setattr("specdec.bench.machine.time.perf_counter", lambda: next(ticks))
     assert probe() == (1 << 12) / 2
+
+
+def test_a_step_is_compared_with_the_reading_of_its_turn():
+    """A machine that reads half as fast for a while is not held against the step."""
+    pair = make_pair("tiny")
+    streamed = streamed_bytes(pair.target, 0)
+    fast, slow = streamed / 100.0, streamed / 50.0  # seconds, where the machine reads 200 and 100 bytes a second
+    steps = [fast, fast, fast, 9 * fast, slow, slow, slow, slow, slow, slow, slow, 0.0]
+    probe = BareProbe({}, 0, torch.device("cpu"), {("target", 1): steps})
+    assert probe.plain_steps == [fast, slow, slow]
+    measured = Bench([], {}, {"eager": probe}, [200.0, 100.0, 100.0], quiet())
+    found = machine(measured, Subject("tiny", pair.target, pair.draft, None, [], []))
+    assert found["share"] == pytest.approx(0.5)
+    assert found["share_of_best"] == pytest.approx(0.25)
