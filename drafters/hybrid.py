@@ -33,6 +33,9 @@ _NEURAL_HALF_LIFE, _NEURAL_CARRIED = 64.0, 8.0
 # tried after so many rounds: a few samples decide there, and a wrong decision costs more than trying.
 _LONGEST_PAUSE, _NEAR, _SOON = 8, 0.9, 4
 
+# Levels beyond the usual ones that a look deeper takes: it tells what they cost and bring.
+_DEEPER = 2
+
 _NOTHING = Proposal.empty()
 
 Tracks = dict[str, Track]
@@ -48,6 +51,7 @@ class HybridState:
     since_neural: int = 0
     num_tries: int = 0  # of the neural part in a row that did not make it the better one
     since_retrieval: int = 0
+    since_deeper: int = 0  # rounds of the neural part since one that looked deeper
     proposed: str = ""  # the track of the last proposal
     num_neural: int = 0  # nodes of the last proposal that the neural drafter drew, the first ones
 
@@ -145,6 +149,8 @@ class HybridDrafter(ModelRunner):
         if not drafted:
             return Proposal.empty()
         state.proposed = _NEURAL
+        if plan.costs is not None and state.since_deeper >= self.probe_every:
+            state.since_deeper, drafted = 0, min(plan.deepest, drafted + _DEEPER)
         drawn = yield from self.neural.proposing(state.neural, replace(plan, depth=drafted, limit=0), chance)
         state.num_neural = len(drawn.tree)
         return replace(drawn, origin=self.neural.name)
@@ -193,6 +199,7 @@ class HybridDrafter(ModelRunner):
         if state.num_neural:
             state.num_tries = state.num_tries + 1 if state.since_neural >= self._pause(state) else 0
         state.since_neural = 0 if state.num_neural else state.since_neural + 1
+        state.since_deeper += state.num_neural > 0
         state.since_retrieval = 0 if looked_up else state.since_retrieval + 1
         state.retrieval = self.retrieval.observe(state.retrieval, outcome)
         state.neural = self.neural.observe(state.neural, _part(outcome, state.num_neural))

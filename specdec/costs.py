@@ -34,14 +34,17 @@ class Costs:
     """Seconds of a round's parts. Without measurements: verification is free of width, and a draft step is a tenth.
 
     `verify`: of the target's forward by its rows; no number of rows counts as dearer than a larger one, since where it
-    is, it was measured while it was being compiled. `draft`: of one level of drafting, by the proposal's origin; the
-    average of all where an origin was not measured. `other`: of everything else in a round.
+    is, it was measured while it was being compiled. `draft`: of one more level of drafting, by the proposal's origin;
+    `draft_start`: of what comes before the first level; where an origin was not measured, those of all. `other`: of
+    everything else in a round.
     """
 
     verify: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     draft: Mapping[str, float] = field(default_factory=dict)
     draft_average: float = 0.1
     other: float = 0.0
+    draft_start: Mapping[str, float] = field(default_factory=dict)
+    start_average: float = 0.0
 
     @cached_property
     def _widths(self) -> list[int]:
@@ -66,7 +69,15 @@ class Costs:
 
     def round(self, nodes: int, levels: int, origin: str = "") -> float:
         """Seconds of a round that drafts `nodes` in `levels` steps."""
-        return self.verified(nodes + 1) + levels * self.draft.get(origin, self.draft_average) + self.other
+        return self.verified(nodes + 1) + self.drafted(levels, origin) + self.other
+
+    def drafted(self, levels: int, origin: str = "") -> float:
+        """Seconds of drafting so many levels."""
+        if not levels:
+            return 0.0
+        if origin in self.draft:
+            return self.draft_start.get(origin, 0.0) + levels * self.draft[origin]
+        return self.start_average + levels * self.draft_average
 
     def best_length(self, survival: Sequence[float], origin: str = "", levels: int | None = None) -> tuple[int, float]:
         """The chain length with the most expected tokens per second, 0 included, and that rate.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from specdec.costs import Costs
 
@@ -21,6 +21,9 @@ ACCEPTANCE_CARRIED, _COST_CARRIED = 3.0, 8.0
 _KEPT, _LEAST = 0.7, 0.2
 # Costs are summed up anew after so many rounds, and after a round that measured what was measured less often.
 _SUMMED_EVERY = 4
+# A line through drafts of like depths is drawn toward an even price per level, as by depths that vary this much; and no
+# level counts as less than this part of the average.
+_EVEN, _LEAST_LEVEL = 0.1, 0.25
 # A step that takes this part of its average has been compiled meanwhile: what it took before is over.
 _FASTER = 1 / 3
 
@@ -50,6 +53,55 @@ class Average:
         """The same average for a start: worth so many samples at most, so that what comes next counts for more."""
         share = min(1.0, most / self.weight) if self.weight else 0.0
         return Average(half_life or self.half_life, self.total * share, self.weight * share)
+
+
+@dataclass
+class Line:
+    """Seconds by levels of drafting: what comes before the first one, and each. It forgets as `Average` does.
+
+    A round's first level is dearer than the next: the drafter catches up with the text, and its weights have left the
+    caches. Whoever takes the average for the price of one more level never drafts deep enough to learn better.
+    """
+
+    half_life: float
+    weight: float = 0.0
+    levels: float = 0.0  # sums, as are the next three
+    seconds: float = 0.0
+    levels_levels: float = 0.0
+    levels_seconds: float = 0.0
+
+    def add(self, levels: int, seconds: float) -> None:
+        keep = 0.5 ** (1 / self.half_life)
+        self.weight = self.weight * keep + 1
+        self.levels = self.levels * keep + levels
+        self.seconds = self.seconds * keep + seconds
+        self.levels_levels = self.levels_levels * keep + levels * levels
+        self.levels_seconds = self.levels_seconds * keep + levels * seconds
+
+    @property
+    def average(self) -> float:
+        """Seconds per level."""
+        return self.seconds / self.levels if self.levels else 0.0
+
+    def fit(self) -> tuple[float, float]:
+        """Seconds before the first level and of each, by least squares.
+
+        Without different depths to learn from, each level takes its share.
+        """
+        if not self.levels:
+            return 0.0, 0.0
+        mean, average = self.levels / self.weight, self.average
+        variance = self.levels_levels / self.weight - mean * mean
+        covariance = self.levels_seconds / self.weight - mean * self.seconds / self.weight
+        level = (covariance + _EVEN * average) / (variance + _EVEN)
+        level = min(average, max(_LEAST_LEVEL * average, level))
+        return (average - level) * mean, level
+
+    def carried(self, most: float) -> Line:
+        """The same line for a start, worth so many samples at most."""
+        share = min(1.0, most / self.weight) if self.weight else 0.0
+        sums = (self.weight, self.levels, self.seconds, self.levels_levels, self.levels_seconds)
+        return Line(self.half_life, *(share * value for value in sums))
 
 
 @dataclass(eq=False)
@@ -92,11 +144,11 @@ class Track:
 
 @dataclass(eq=False)
 class Meter:
-    """Seconds of rounds: verification by its rows, one level of drafting (in all, and by who drafted), the rest."""
+    """Seconds of rounds: verification by its rows, drafting by its levels (in all, and by who drafted), the rest."""
 
     verify: dict[int, Average] = field(default_factory=dict)
-    draft: Average = field(default_factory=lambda: Average(_HALF_LIFE))
-    draft_by: dict[str, Average] = field(default_factory=dict)
+    draft: Line = field(default_factory=lambda: Line(_HALF_LIFE))
+    draft_by: dict[str, Line] = field(default_factory=dict)
     other: Average = field(default_factory=lambda: Average(_HALF_LIFE))
     _summed: Costs | None = None
     _rounds: int = 0  # since then
@@ -105,13 +157,22 @@ class Meter:
         seconds = facts.seconds
         known = _measured(self.verify, facts.num_nodes + 1, seconds.get("verify", 0.0))
         if facts.depth_proposed:
-            level = seconds.get("draft", 0.0) / facts.depth_proposed
-            self.draft.add(level)
-            known &= _measured(self.draft_by, facts.drafter, level)
+            known &= self._drafted(facts.drafter, facts.depth_proposed, seconds.get("draft", 0.0))
         self.other.add(seconds.get("commit", 0.0) + seconds.get("other", 0.0))
         self._rounds += 1
         if not known or self._rounds == _SUMMED_EVERY:
             self._summed = None
+
+    def _drafted(self, origin: str, levels: int, seconds: float) -> bool:
+        """Whether it was one measurement among several of this origin."""
+        if seconds < _FASTER * levels * self.draft.average:
+            self.draft = Line(_HALF_LIFE)
+        self.draft.add(levels, seconds)
+        line = self.draft_by.get(origin)
+        if line is None or seconds < _FASTER * levels * line.average:
+            line = self.draft_by[origin] = Line(_HALF_LIFE)
+        line.add(levels, seconds)
+        return line.weight >= _SUMMED_EVERY
 
     @property
     def tells_plain(self) -> bool:
@@ -122,11 +183,15 @@ class Meter:
         """As measured so far; what is well known is not summed up anew in each round."""
         if self._summed is None:
             self._rounds = 0
+            lines = {origin: line.fit() for origin, line in self.draft_by.items()}
+            start, level = self.draft.fit()
             self._summed = Costs(
                 {width: average.mean() for width, average in self.verify.items()},
-                {origin: average.mean() for origin, average in self.draft_by.items()},
-                self.draft.mean(),
+                {origin: level for origin, (_, level) in lines.items()},
+                level,
                 self.other.mean(),
+                {origin: start for origin, (start, _) in lines.items()},
+                start,
             )
         return self._summed
 
@@ -137,11 +202,11 @@ class Meter:
             kept = average.carried(min(_COST_CARRIED, _KEPT * average.weight))
             if kept.weight >= _LEAST:
                 verify[width] = kept
-        by = {origin: average.carried(_COST_CARRIED) for origin, average in self.draft_by.items()}
+        by = {origin: line.carried(_COST_CARRIED) for origin, line in self.draft_by.items()}
         return Meter(verify, self.draft.carried(_COST_CARRIED), by, self.other.carried(_COST_CARRIED))
 
 
-def _measured(known: dict[Any, Average], key: Any, seconds: float) -> bool:
+def _measured(known: dict[int, Average], key: int, seconds: float) -> bool:
     """Add a measurement; one far below the average starts a new one. Whether it was one among several."""
     average = known.get(key)
     if average is None or seconds < _FASTER * average.mean():

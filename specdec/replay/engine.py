@@ -98,7 +98,7 @@ class _Walk:
             refused = bool(tree.children[0]) and accepted < tree.max_depth
         seconds = dict.fromkeys(STAGES, 0.0)
         whole = self.costs.round(num_nodes, tree.max_depth)
-        levels = tree.max_depth * self.costs.draft_average
+        levels = self.costs.drafted(tree.max_depth)
         seconds.update(draft=levels, verify=whole - levels - self.costs.other, other=self.costs.other)
         return Round(
             num_nodes=num_nodes,

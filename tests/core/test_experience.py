@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from specdec.drafters import HybridDrafter, ModelDrafter, NgramDrafter, SuffixDr
 
 import specdec
 from specdec.costs import Costs, cost_at
-from specdec.estimates import Average, Meter, Track
+from specdec.estimates import Average, Line, Meter, Track
 from specdec.experience import Experience
 from specdec.policy import Constant, Fixed, Plan, Policy, PolicyRun, Throughput, ThroughputRun
 from specdec.tree_policy import AdaptiveTree, AdaptiveTreeRun
@@ -229,6 +230,50 @@ def test_an_average_is_carried_with_less_weight() -> None:
     assert average.carried(2.0).weight == pytest.approx(2.0)
     assert average.carried(100.0).weight == pytest.approx(average.weight)
     assert Average(8).carried(3.0).weight == 0.0
+
+
+def test_a_draft_starts_before_its_first_level() -> None:
+    line = Line(16)
+    assert line.fit() == (0.0, 0.0)
+    for _ in range(10):
+        line.add(2, 5.0)
+    assert line.fit() == pytest.approx((0.0, 2.5))  # nothing tells a start from a level
+    for levels in (1, 2, 4, 3, 1, 4) * 4:
+        line.add(levels, 3.0 + levels)
+    start, level = line.fit()
+    assert start == pytest.approx(3.0, abs=0.25)
+    assert level == pytest.approx(1.0, abs=0.1)
+    carried = line.carried(4.0)
+    assert carried.weight == pytest.approx(4.0)
+    assert carried.fit() == pytest.approx(line.fit())
+    costs = Costs({1: 1.0}, {"model": 1.0}, 2.0, 0.5, {"model": 3.0}, 4.0)
+    assert (costs.drafted(0, "model"), costs.drafted(2, "model"), costs.drafted(2)) == (0.0, 5.0, 8.0)
+    assert costs.round(2, 2, "model") == 6.5
+
+
+@given(st.lists(st.tuples(st.integers(1, 16), st.floats(0.0, 10.0)), min_size=1, max_size=30))
+def test_no_level_is_free_and_none_pays_for_the_start(drafts: list[tuple[int, float]]) -> None:
+    line = Line(16)
+    for levels, seconds in drafts:
+        line.add(levels, seconds)
+    start, level = line.fit()
+    assert start >= -1e-9
+    assert 0.25 * line.average - 1e-9 <= level <= line.average + 1e-9
+
+
+def test_a_dear_start_does_not_keep_drafts_short() -> None:
+    """Seven of ten tokens are accepted: three levels pay, of which the first costs four times as much as the next."""
+    random, run = Random(0), Throughput().start()
+    lengths = []
+    for _ in range(400):
+        k = run.plan().depth
+        accepted = next((i for i in range(k) if random.random() > 0.7), k)
+        run.observe(Facts(k, {"verify": 1.0 + 0.02 * k, "draft": 0.3 + 0.1 * k if k else 0.0}, accepted))
+        lengths.append(k)
+    rates = [sum(0.7**i for i in range(k + 1)) / (1.0 + 0.02 * k + (0.3 + 0.1 * k) * (k > 0)) for k in range(9)]
+    best = rates.index(max(rates))
+    assert best == 4
+    assert sum(lengths[200:]) / 200 > best - 1
 
 
 def test_a_decoder_learns_from_text_to_text_and_streams_in_between() -> None:

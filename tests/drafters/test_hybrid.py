@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from specdec.drafters.hybrid import Track, _bin, _merged
 import specdec
 from specdec.costs import Costs
 from specdec.errors import InputError
-from specdec.policy import Fixed, Plan, Policy, Throughput
+from specdec.policy import Constant, Fixed, Plan, Policy, PolicyRun, Throughput
 from specdec.proposal import Draw, Proposal
 from specdec.tree import TokenTree
 from specdec.tree_policy import DynamicTree
@@ -182,3 +183,27 @@ def test_a_part_that_is_nearly_as_good_is_tried_again_soon(target: torch.nn.Modu
 
     assert pause(0.4) == 4
     assert pause(3.0) == 24
+
+
+@dataclass(frozen=True)
+class Priced(Policy):
+    """Plans with costs at which a second level seldom pays."""
+
+    def start(self) -> PolicyRun:
+        return Constant(Plan(4, costs=Costs({1: 1.0, 9: 1.0}, draft_average=0.2), limit=4))
+
+
+def test_the_neural_part_looks_deeper_now_and_then(target: torch.nn.Module) -> None:
+    """What a second level costs, and brings, is not known from first ones."""
+    draft = tiny_models.noisy(target, 1.0)
+    sizes = [r.num_nodes for r in neural_rounds(target, draft, probe_every=4)]
+    assert sizes.count(1) > len(sizes) / 2
+    assert sizes.count(3) >= 3
+    assert 3 not in [r.num_nodes for r in neural_rounds(target, draft, probe_every=10**6)]
+
+
+def neural_rounds(target: torch.nn.Module, draft: torch.nn.Module, **options: Any) -> list[Any]:
+    """Of texts without repetitions."""
+    made = decoder(target, draft, Priced(), **options)
+    outs = [made.generate([3, 5, 7, i], max_new_tokens=40, temperature=1.0, seed=i) for i in range(3)]
+    return [r for out in outs for r in out.trace.rounds if r.drafter == "model"]
