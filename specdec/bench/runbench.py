@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import truediv
 from typing import Any
 
 import torch
@@ -71,9 +72,9 @@ class BareProbe:
         return [statistics.median(values[at : at + size]) for at in range(0, len(values), size)]
 
     def ratio(self, width: int) -> float | None:
-        """The cost of `width` rows in that of one; None when this width was not measured."""
-        target = self.costs.target
-        return target[width] / target[1] if width in target and 1 in target else None
+        """The cost of `width` rows in that of one just before, at the median; None when this width was not measured."""
+        wide = self.seconds.get(("target", width))
+        return statistics.median(map(truediv, wide, self.seconds["target", 1])) if wide else None
 
 
 @dataclass

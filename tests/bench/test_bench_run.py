@@ -104,6 +104,14 @@ def test_ideal_is_the_bare_forwards_of_the_rows_own_rounds():
     assert probe.ratio(8) is None
 
 
+def test_widths_are_compared_within_the_same_minute():
+    """Medians of either side may fall into different states of the machine."""
+    one, wide = [1.0, 1.0, 1.0, 2.0, 2.0], [1.2, 1.2, 2.6, 2.4, 2.4]
+    probe = BareProbe({}, 0, torch.device("cpu"), {("target", 1): one, ("target", 8): wide})
+    assert probe.costs.target[8] / probe.costs.target[1] == pytest.approx(2.4)
+    assert probe.ratio(8) == pytest.approx(1.2)
+
+
 def test_another_engine_that_fails_leaves_the_rest_of_the_table():
     def fail(_):
         raise RuntimeError("no such instruction\nand more")
