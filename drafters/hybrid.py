@@ -32,7 +32,6 @@ _NEURAL_HALF_LIFE, _NEURAL_CARRIED = 64.0, 8.0
 # A part that keeps losing is tried ever more rarely, up to so many times the usual pause. One that is nearly as good is
 # tried after so many rounds: a few samples decide there, and a wrong decision costs more than trying.
 _LONGEST_PAUSE, _NEAR, _SOON = 8, 0.9, 4
-
 # Levels beyond the usual ones that a look deeper takes: it tells what they cost and bring.
 _DEEPER = 2
 
@@ -218,10 +217,11 @@ class HybridDrafter(ModelRunner):
 
 def _first(proposal: Proposal, length: int, origin: str) -> Proposal:
     """The first nodes of a chain of point masses."""
-    tree = proposal.tree
-    if length < len(tree):
-        tree = TokenTree(tree.tokens[:length], tree.parents[:length])
-    return Proposal(tree, proposal.draws[:length], origin=origin)
+    return Proposal(_beginning(proposal.tree, length), proposal.draws[:length], origin=origin)
+
+
+def _beginning(tree: TokenTree, count: int) -> TokenTree:
+    return tree if count == len(tree) else TokenTree(tree.tokens[:count], tree.parents[:count])
 
 
 def _part(outcome: Outcome, count: int) -> Outcome:
@@ -233,7 +233,7 @@ def _part(outcome: Outcome, count: int) -> Outcome:
         return Outcome(_NOTHING, (), outcome.tokens, outcome.logits[:1], outcome.broken)
     own = replace(
         outcome.proposal,
-        tree=TokenTree(tree.tokens[:count], tree.parents[:count]),
+        tree=_beginning(tree, count),
         draws=outcome.proposal.draws[:count],
         q_rows=outcome.proposal.q_rows[:count],
     )

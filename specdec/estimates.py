@@ -157,22 +157,15 @@ class Meter:
         seconds = facts.seconds
         known = _measured(self.verify, facts.num_nodes + 1, seconds.get("verify", 0.0))
         if facts.depth_proposed:
-            known &= self._drafted(facts.drafter, facts.depth_proposed, seconds.get("draft", 0.0))
+            levels, drafting = facts.depth_proposed, seconds.get("draft", 0.0)
+            self.draft = _drawn_on(self.draft, levels, drafting)
+            line = _drawn_on(self.draft_by.get(facts.drafter), levels, drafting)
+            self.draft_by[facts.drafter] = line
+            known &= line.weight >= _SUMMED_EVERY
         self.other.add(seconds.get("commit", 0.0) + seconds.get("other", 0.0))
         self._rounds += 1
         if not known or self._rounds == _SUMMED_EVERY:
             self._summed = None
-
-    def _drafted(self, origin: str, levels: int, seconds: float) -> bool:
-        """Whether it was one measurement among several of this origin."""
-        if seconds < _FASTER * levels * self.draft.average:
-            self.draft = Line(_HALF_LIFE)
-        self.draft.add(levels, seconds)
-        line = self.draft_by.get(origin)
-        if line is None or seconds < _FASTER * levels * line.average:
-            line = self.draft_by[origin] = Line(_HALF_LIFE)
-        line.add(levels, seconds)
-        return line.weight >= _SUMMED_EVERY
 
     @property
     def tells_plain(self) -> bool:
@@ -204,6 +197,14 @@ class Meter:
                 verify[width] = kept
         by = {origin: line.carried(_COST_CARRIED) for origin, line in self.draft_by.items()}
         return Meter(verify, self.draft.carried(_COST_CARRIED), by, self.other.carried(_COST_CARRIED))
+
+
+def _drawn_on(line: Line | None, levels: int, seconds: float) -> Line:
+    """The line with one more draft; one far below the average starts a new line."""
+    if line is None or seconds < _FASTER * levels * line.average:
+        line = Line(_HALF_LIFE)
+    line.add(levels, seconds)
+    return line
 
 
 def _measured(known: dict[int, Average], key: int, seconds: float) -> bool:

@@ -262,7 +262,7 @@ def test_no_level_is_free_and_none_pays_for_the_start(drafts: list[tuple[int, fl
 
 
 def test_a_dear_start_does_not_keep_drafts_short() -> None:
-    """Seven of ten tokens are accepted: three levels pay, of which the first costs four times as much as the next."""
+    """Seven of ten tokens are accepted: four levels pay, of which the first costs four times as much as the next."""
     random, run = Random(0), Throughput().start()
     lengths = []
     for _ in range(400):
