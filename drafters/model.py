@@ -125,7 +125,7 @@ class ModelDrafter(ModelRunner):
         def expand(ran: TokenTree) -> Steps[Tensor]:
             return (yield from session.forwarding(ran)).logits
 
-        state.grown = yield from grow(expand, plan, state.request, session.tokens, chance, self._ids_R)
+        state.grown = yield from grow(expand, plan, state.request, session.tokens, chance, self._ids_R, session)
         return state.grown.proposal
 
     def observe(self, state: ModelState, outcome: Outcome) -> ModelState:

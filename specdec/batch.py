@@ -17,8 +17,7 @@ from specdec.decoder import Task, decode
 from specdec.errors import InputError
 from specdec.generation import Generation
 from specdec.goodput import Joined, Load
-from specdec.runtime.backend import StepResult
-from specdec.runtime.session import Call
+from specdec.runtime.session import Answer, Call, answer
 from specdec.text import Chunk
 
 if TYPE_CHECKING:
@@ -85,15 +84,15 @@ class _Row:
     def is_prefilling(self) -> bool:
         return self.task.trace.is_prefilling
 
-    def resume(self, answer: StepResult | Exception | None = None, share: float = 0.0) -> Chunk | None:
-        """Run on until the loop waits again; the chunk when it has one. `share`: seconds of the answer to account for.
+    def resume(self, given: Answer | Exception | None = None, share: float = 0.0) -> Chunk | None:
+        """Run on until the loop waits again; the chunk when it has one. `share`: seconds of it to account for.
 
         An exception that leaves the loop ends this text and no other.
         """
         self.task.trace.seconds_away += time.perf_counter() - self._left - share
         self.call, chunk = None, None
         try:
-            event = self.loop.throw(answer) if isinstance(answer, Exception) else self.loop.send(answer)
+            event = self.loop.throw(given) if isinstance(given, Exception) else self.loop.send(given)
             if isinstance(event, Chunk):
                 chunk = event
                 self.ticket._take(chunk)
@@ -217,10 +216,11 @@ class Batch:
                 return waves
             prompts = any(row.is_prefilling for row in chosen)
             started = time.perf_counter()
-            for row, answer, share in _answers(chosen):
-                row.resume(answer, share)
+            levels = max(row.call.num_levels for row in chosen if row.call is not None)
+            for row, given, share in _answers(chosen):
+                row.resume(given, share)
             if not prompts:
-                waves.append((len(chosen), time.perf_counter() - started))
+                waves += [(len(chosen), (time.perf_counter() - started) / levels)] * levels
             prompts = False
 
     def _drafts(self, call: Call) -> bool:
@@ -231,15 +231,15 @@ class Batch:
         asking = [row for row in self._rows if row.call is not None and not self._drafts(row.call)]
         chosen = _within(asking)
         pure = len(chosen) == len(asking) and not any(row.is_prefilling for row in chosen)
-        num_rows = sum(row.call.step.num_rows for row in chosen if row.call is not None)
+        num_rows = sum(row.call.num_rows for row in chosen if row.call is not None)
         started = time.perf_counter()
         answers = list(_answers(chosen))
         seconds = time.perf_counter() - started
         # Those that were served wait at the end of the line, behind those that did not fit.
         self._rows = [row for row in self._rows if row not in chosen] + chosen
         chunks = []
-        for row, answer, share in answers:
-            chunk = row.resume(answer, share)
+        for row, given, share in answers:
+            chunk = row.resume(given, share)
             if chunk is not None:
                 chunks.append((row.ticket, chunk))
         return chunks, num_rows if pure else 0, seconds
@@ -251,35 +251,33 @@ def _within(rows: Sequence[_Row]) -> list[_Row]:
     room = MAX_STEP_ROWS
     for row in rows:
         assert row.call is not None
-        room -= row.call.step.num_rows
+        room -= row.call.num_rows
         if room < 0 and chosen:
             break
         chosen.append(row)
     return chosen
 
 
-def _answers(rows: Sequence[_Row]) -> Iterator[tuple[_Row, StepResult | Exception, float]]:
+def _answers(rows: Sequence[_Row]) -> Iterator[tuple[_Row, Answer | Exception, float]]:
     """Answer the calls of these texts, those of one family together; each with its share of the seconds, by rows."""
-    families: dict[int, list[_Row]] = {}
+    families: dict[tuple[int, bool], list[_Row]] = {}
     for row in rows:
         assert row.call is not None
-        families.setdefault(id(row.call.backend.family), []).append(row)
+        families.setdefault((id(row.call.backend.family), row.call.chain is None), []).append(row)
     for group in families.values():
         calls = [row.call for row in group if row.call is not None]
         started = time.perf_counter()
         answers = _forward(calls)
-        per_row = (time.perf_counter() - started) / sum(call.step.num_rows for call in calls)
-        for row, call, answer in zip(group, calls, answers, strict=True):
-            yield row, answer, per_row * call.step.num_rows
+        per_row = (time.perf_counter() - started) / sum(call.num_rows for call in calls)
+        for row, call, given in zip(group, calls, answers, strict=True):
+            yield row, given, per_row * call.num_rows
 
 
-def _forward(calls: Sequence[Call]) -> Sequence[StepResult | Exception]:
+def _forward(calls: Sequence[Call]) -> Sequence[Answer | Exception]:
     try:
-        if len(calls) == 1:
-            return [calls[0].backend.forward(calls[0].step)]
-        return type(calls[0].backend).forward_many([call.backend for call in calls], [call.step for call in calls])
+        return answer(calls)
     except Exception as error:
         if len(calls) == 1:
             return [error]
         # One text's failure is not the others': writing a slot twice writes the same.
-        return [answer for call in calls for answer in _forward([call])]
+        return [given for call in calls for given in _forward([call])]

@@ -43,6 +43,14 @@ class Chance(ABC):
         share it. The winner's law is the row, normalised. Absent places (weight 0) hold -1; int64 `[R, k]`.
         """
 
+    def race_noise(self, positions: Sequence[int], vocab_size: int, device: torch.device | str) -> Tensor | None:
+        """The noise `[len(positions), V]` of races at these positions; None where it is not known beforehand."""
+        return None
+
+    def draw_noise(self, count: int, vocab_size: int, device: torch.device | str) -> Tensor | None:
+        """The noise `[count, V]` with which the next `count` rows are drawn, which it stands for; None as above."""
+        return None
+
 
 def _signed(value: int) -> int:
     value &= _MASK
@@ -79,7 +87,8 @@ def exponentials(keys: Sequence[int], count: int, device: torch.device | str = "
     return -torch.log1p(-uniforms(keys, count, device))
 
 
-def _race(noise_RV: Tensor, weights_RV: Tensor, k: int) -> Tensor:
+def first(noise_RV: Tensor, weights_RV: Tensor, k: int) -> Tensor:
+    """The first `k` of each row's race; see `Chance.race`."""
     arrival = noise_RV / weights_RV.double()  # weight 0: infinitely late
     if k == 1:
         return arrival.argmin(-1, keepdim=True)
@@ -117,8 +126,11 @@ class CounterChance(Chance):
         return u * q.double() < p.double()
 
     def draw(self, weights_RV: Tensor) -> Tensor:
-        noise = exponentials(self._next_keys(weights_RV.shape[0]), weights_RV.shape[-1], weights_RV.device)
-        return _race(noise, weights_RV, 1)[:, 0]
+        count, vocab_size = weights_RV.shape
+        return first(self.draw_noise(count, vocab_size, weights_RV.device), weights_RV, 1)[:, 0]
+
+    def draw_noise(self, count: int, vocab_size: int, device: torch.device | str) -> Tensor:
+        return exponentials(self._next_keys(count), vocab_size, device)
 
     def noise(self, position: int, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
         """The shared noise row of one absolute position: float64 `[V]`."""
@@ -132,8 +144,10 @@ class CounterChance(Chance):
         return self._blocks[key][position % _BLOCK]
 
     def race(self, weights_RV: Tensor, positions: Sequence[int], k: int = 1) -> Tensor:
-        rows = [self.noise(n, weights_RV.shape[-1], weights_RV.device) for n in positions]
-        return _race(torch.stack(rows), weights_RV, k)
+        return first(self.race_noise(positions, weights_RV.shape[-1], weights_RV.device), weights_RV, k)
+
+    def race_noise(self, positions: Sequence[int], vocab_size: int, device: torch.device | str) -> Tensor:
+        return torch.stack([self.noise(n, vocab_size, device) for n in positions])
 
 
 class GreedyChance(Chance):

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from specdec.chance import Chance
 from specdec.drafter import Request
+from specdec.draws import Columns, NextToken, draw_children, mixed
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
-from specdec.runtime.session import Steps
+from specdec.runtime.session import Session, Steps
 from specdec.tree import TokenTree, structure
-
-# Logit of a token outside a draft vocabulary.
-_OUTSIDE = -1e4
 
 #: `expand(ran)` gives the logits `[F, V]` of the newest level of `ran`, in the order of its nodes; of the root for the
 #: empty tree. `ran` holds the nodes that are expanded, no leaves; it grows from call to call.
@@ -40,56 +38,6 @@ class Grown:
         return [self.ran_as[node] for node in path if self.ran_as[node] >= 0]
 
 
-def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
-    """Crop or pad the last axis: paddings of one tokenizer's vocabulary differ between models."""
-    missing = vocab_size - logits.shape[-1]
-    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
-
-
-def spread(logits_FR: Tensor, ids_R: Tensor, vocab_size: int) -> Tensor:
-    """Logits of a draft vocabulary in the target's ids, `[F, V]`; of other tokens so low that their probability is 0.
-
-    Not -inf: where processors ban all that the drafter knows, what they allow remains a distribution.
-    """
-    full_FV = logits_FR.new_full((logits_FR.shape[0], vocab_size), _OUTSIDE)
-    return full_FV.index_copy_(1, ids_R, logits_FR)
-
-
-def without_replacement(q_FV: Tensor, count: int, chance: Chance) -> Tensor:
-    """`[F, count]` tokens in drawing order; -1 where the support is used up, never in the first column."""
-    left = q_FV.clone()
-    drawn: list[Tensor] = []
-    for _ in range(count):
-        token = chance.draw(left)[:, None]
-        drawn.append(torch.where(left.sum(-1, keepdim=True) > 0, token, -1) if drawn else token)
-        left.scatter_(1, token, 0.0)
-    return torch.cat(drawn, 1)
-
-
-def mixed(q_FV: Tensor, counts: Sequence[int], chance: Chance) -> tuple[Tensor, Tensor]:
-    """Children of which the first is drawn from what the others, the top tokens, leave: `[F, C]`, -1 where there are
-    fewer; and the rows `[F, V]` that the first ones were drawn from. (Greedy drafts: Hu et al., arXiv 2502.18779.)"""
-    rest_FV = q_FV.clone()
-    top_FC = q_FV.topk(max(1, min(max(counts) - 1, q_FV.shape[-1]))).indices
-    rank = torch.arange(top_FC.shape[1], device=q_FV.device)
-    is_top = rank < torch.tensor(counts, device=q_FV.device)[:, None] - 1
-    rest_FV.scatter_reduce_(1, top_FC, torch.where(is_top, 0.0, 1.0).to(q_FV), "prod")
-    left = rest_FV.sum(-1, keepdim=True)
-    first_F1 = torch.where(left > 0, chance.draw(rest_FV)[:, None], -1)
-    top_FC = torch.where(is_top & (q_FV.gather(1, top_FC) > 0), top_FC, -1)
-    return torch.cat((first_F1, top_FC), 1)[:, : max(counts)], rest_FV / left.clamp_min(torch.finfo(q_FV.dtype).tiny)
-
-
-def draw_children(scores_FV: Tensor, q_FV: Tensor, draw: Draw, count: int, position: int, chance: Chance) -> Tensor:
-    """`[F, C]` children in drawing order, drawn alike; -1 where there are fewer, never in the first column."""
-    if draw is Draw.SHARED:
-        return chance.race(q_FV, [position] * len(q_FV), count)
-    if draw is Draw.SAMPLED:
-        return without_replacement(q_FV, count, chance)
-    best, index = scores_FV.topk(min(count, scores_FV.shape[-1]))
-    return torch.where(best.isinf(), -1, index) if count > 1 else index
-
-
 def grow(
     expand: Expand,
     plan: Plan,
@@ -97,6 +45,7 @@ def grow(
     prefix: Sequence[int],
     chance: Chance,
     ids_R: Tensor | None = None,
+    session: Session | None = None,
 ) -> Steps[Grown]:
     """A chain, a tree of fixed branching or shape, or, with a node budget, the most probable tree.
 
@@ -105,16 +54,44 @@ def grow(
 
     `ids_R`: for a drafter whose logits are those of a draft vocabulary, `[F, R]`: the target's id of each column,
     int64, distinct, on the logits' device. Top tokens are then found among R columns; what is drawn, is drawn among V.
+    `session`: what `expand` runs on, where that is all it does. A chain is then drafted in one call, if its backend
+    does such things, and tokens follow from logits and noise alone.
 
     Lossless: yes. Which drawn nodes are kept depends on their own tokens only where nodes are not sampled.
     """
     if plan.depth < 1:  # the drafter's context is full
         return Grown(Proposal.empty(), ())
     draw = Draw.POINT if request.sampling.is_greedy else request.draw
+    if session is not None and session.backend.capabilities.chains and plan.is_chain and plan.depth > 1:
+        grown = yield from _in_one_call(session, plan, request, len(prefix), chance, draw, ids_R)
+        if grown is not None:
+            return grown
     if plan.budget:
         draw = Draw.SHARED if draw is Draw.SHARED else Draw.POINT
         return (yield from _Dynamic(expand, plan, request, prefix, chance, draw, ids_R).run())
     return (yield from _Planned(expand, plan, request, prefix, chance, draw, ids_R).run())
+
+
+def _in_one_call(
+    session: Session, plan: Plan, request: Request, position: int, chance: Chance, draw: Draw, ids_R: Tensor | None
+) -> Steps[Grown | None]:
+    """A chain; None where its tokens, or their number, depend on more than logits and noise."""
+    if request.sampling.reads_prefix or plan.stop_below:
+        return None
+    depth = plan.depth
+    draw = Draw.SAMPLED if draw is Draw.MIXED else draw  # of one child, the same
+    rule = NextToken(request.sampling.unseeded, draw, request.vocab_size, ids_R)
+    noise_KV = None
+    if rule.is_noisy:
+        noise_KV = rule.noise(chance, position, depth, session.backend.capabilities.device)
+        if noise_KV is None:
+            return None
+    drafted = yield from session.chaining(depth, rule, noise_KV)
+    tree, draws = TokenTree.chain(drafted.tokens_K), (draw,) * depth
+    ran_as = (*range(depth - 1), -1)
+    if drafted.q_KV is None:
+        return Grown(Proposal(tree, draws), ran_as)
+    return Grown(Proposal(tree, draws, drafted.q_KV, tuple(range(depth))), ran_as)
 
 
 class _Growth:
@@ -131,24 +108,11 @@ class _Growth:
         ids_R: Tensor | None,
     ):
         self.expand, self.plan, self.request, self.prefix, self.chance = expand, plan, request, prefix, chance
-        self.draw, self.ids_R = draw, ids_R
-        # Noise, rows of q and processors know tokens by the target's ids; a top token is found without them.
-        self.narrow = ids_R is not None and draw is Draw.POINT and not request.sampling.reads_prefix
+        self.draw, self.columns = draw, Columns(request.sampling, draw, request.vocab_size, ids_R)
 
     def scores(self, logits: Tensor, tree: TokenTree, frontier: Sequence[int]) -> Tensor:
         """`[F, V]`, or `[F, R]` where the columns of the draft vocabulary will do."""
-        if self.ids_R is None:
-            logits = fit_vocabulary(logits, self.request.vocab_size)
-        elif not self.narrow:
-            logits = spread(logits, self.ids_R, self.request.vocab_size)
-        return self.request.sampling.scores(logits, self.prefix, tree, frontier)
-
-    def named(self, columns: Tensor) -> Tensor:
-        """The target's ids of columns of `scores`; -1 stays."""
-        if not self.narrow:
-            return columns
-        assert self.ids_R is not None
-        return torch.where(columns < 0, columns, self.ids_R[columns])
+        return self.request.sampling.scores(self.columns.fit(logits), self.prefix, tree, frontier)
 
 
 class _Planned(_Growth):
@@ -175,7 +139,7 @@ class _Planned(_Growth):
             else:
                 columns_FC = draw_children(scores_FV, q_FV, draw, max(counts), position, self.chance)
             row_of, ranks, columns = _present(columns_FC, counts)
-            tokens = self.named(columns)
+            tokens = self.columns.named(columns)
             kinds = [_kind(draw, rank) for rank in ranks]
             draws += kinds
             before = sum(len(block) for block in blocks)
@@ -299,7 +263,7 @@ class _Dynamic(_Growth):
         count = min(self.plan.width, scores_FV.shape[-1])
         log_q_FC, top_FC = scores_FV.log_softmax(-1).topk(count)
         if self.draw is Draw.POINT:
-            return log_q_FC, self.named(top_FC)
+            return log_q_FC, self.columns.named(top_FC)
         raced_FC = draw_children(scores_FV, scores_FV.softmax(-1), self.draw, count, position, self.chance)
         return log_q_FC.masked_fill(raced_FC < 0, -torch.inf), raced_FC
 

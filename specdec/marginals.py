@@ -15,7 +15,8 @@ from torch import Tensor
 
 from specdec.chance import Chance
 from specdec.drafter import Request
-from specdec.growth import draw_children, fit_vocabulary, grow, spread, worthwhile
+from specdec.draws import draw_children, fit_vocabulary, spread
+from specdec.growth import grow, worthwhile
 from specdec.policy import Plan
 from specdec.proposal import Draw, Proposal
 from specdec.runtime.session import Steps, run

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -73,6 +73,11 @@ class Sampling:
     def reads_prefix(self) -> bool:
         """Whether scores depend on the tokens before them, and so on which id a column has."""
         return self.repetition_penalty != 1.0 or bool(self.processors)
+
+    @cached_property
+    def unseeded(self) -> Sampling:
+        """The same distributions; equal for texts that differ in their seeds alone."""
+        return replace(self, seed=0)
 
     @cached_property
     def _by_prefix(self) -> LogitsProcessorList:

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from specdec.errors import InputError
 from specdec.runtime.cache import bucket
+from specdec.runtime.chain import Chain, Drafted, step_by_step
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Capabilities:
     hidden: tuple[int, ...] | None = None  # the hidden states that steps may ask for; None: any, (): none
     widths: tuple[int, ...] | None = None  # rows of its graphs: wider steps run in several. None: any number of rows
     input_width: int = 0  # of what each row reads besides its token; 0: nothing
+    chains: bool = False  # whether a chain that is asked for at once takes less than its steps
 
     def lacks(
         self, *, trees: bool = False, nodes: int = 0, hidden: Sequence[int] = (), shares: bool = False
@@ -182,6 +184,15 @@ class Backend(ABC):
         it is alone, as far as the backend's numerics promise that of any two row counts.
         """
         return [backend.forward(step) for backend, step in zip(backends, steps, strict=True)]
+
+    @classmethod
+    def draft_many(cls, backends: Sequence[Self], steps: Sequence[Step], chains: Sequence[Chain]) -> list[Drafted]:
+        """A step and the chain that follows it, of each of several sequences of one family; no sequence occurs twice.
+
+        A step's tokens are the last of the text, its last row the one that the chain begins from. Here step by step;
+        a backend that can (`Capabilities.chains`) does it in one piece of work, without the host between steps.
+        """
+        return step_by_step(cls.forward_many, backends, steps, chains)
 
     @abstractmethod
     def gather(self, slots: Sequence[int], start: int) -> None:

@@ -155,7 +155,7 @@ def write_plan(
     return flat
 
 
-def place(slots: DeviceSlots, step: Step, context: int) -> None:
-    """Room for what the step writes, in the buckets of lengths."""
-    if step.end > slots.capacity:
-        slots.reserve(bucket(step.end, max(context, step.end)))
+def place(slots: DeviceSlots, end: int, context: int) -> None:
+    """Room for the slots before `end`, in the buckets of lengths."""
+    if end > slots.capacity:
+        slots.reserve(bucket(end, max(context, end)))

@@ -4,8 +4,8 @@ A session holds committed tokens and, behind them, the nodes of a tree that may 
 token but the last few has its keys and values in the cache; the next forward computes what is pending. So prefill,
 the catch-up of a draft model after full acceptance, plain decoding and tree verification are one operation.
 
-What needs the model is written as a generator of `Call`s, each answered with its `StepResult`. `run` answers them at
-once; a batch collects those of many texts and answers them together.
+What needs the model is written as a generator of `Call`s, each answered with its `StepResult`, or what was `Drafted`.
+`run` answers them at once; a batch collects those of many texts and answers them together.
 
 Shape suffixes: M rows of one step, B slots of its block, N tree nodes, V vocabulary, W width of hidden states.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from specdec.errors import InputError
 from specdec.history import History
 from specdec.runtime.backend import Backend, Step, StepResult
+from specdec.runtime.chain import Chain, Drafted, Rule
 from specdec.runtime.features import FeatureStore
 from specdec.transfer import to_device
 from specdec.tree import TokenTree, structure
@@ -37,31 +38,53 @@ E = TypeVar("E")
 
 
 class Call(NamedTuple):
-    """A step that is wanted of a backend."""
+    """A step that is wanted of a backend, or a step and the chain that follows it."""
 
     backend: Backend
     step: Step
+    chain: Chain | None = None
+
+    @property
+    def num_levels(self) -> int:
+        """Forwards of the model, one after another."""
+        return self.chain.count if self.chain is not None else 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.step.num_rows + self.num_levels - 1
 
 
+Answer = StepResult | Drafted
 #: A computation that asks for steps on its way and returns a `T`.
-Steps = Generator[Call, StepResult, T]
+Steps = Generator[Call, Answer, T]
+
+
+def answer(calls: Sequence[Call]) -> Sequence[Answer]:
+    """The answers of calls to one family, all for steps or all for chains."""
+    first, backends = calls[0], [call.backend for call in calls]
+    chains = [call.chain for call in calls if call.chain is not None]
+    if chains:
+        return type(first.backend).draft_many(backends, [call.step for call in calls], chains)
+    if len(calls) == 1:
+        return [first.backend.forward(first.step)]
+    return type(first.backend).forward_many(backends, [call.step for call in calls])
 
 
 def answered(events: Generator[Call | E, Any, T]) -> Generator[E, None, T]:
     """The same computation with every call answered at once: what it yields besides calls, and what it returns."""
     proceed: Callable[[Any], Call | E] = events.send
-    answer: StepResult | Exception | None = None
+    given: Answer | Exception | None = None
     try:
         while True:
-            event = proceed(answer)
+            event = proceed(given)
             if not isinstance(event, Call):
                 yield event
-                proceed, answer = events.send, None
+                proceed, given = events.send, None
                 continue
             try:
-                proceed, answer = events.send, event.backend.forward(event.step)
+                proceed, given = events.send, answer([event])[0]
             except Exception as error:
-                proceed, answer = events.throw, error
+                proceed, given = events.throw, error
     except StopIteration as stop:
         value: T = stop.value
         return value
@@ -178,13 +201,16 @@ class Session:
         while len(self.tokens) - 1 > self.num_cached:
             end = min(chunk_end(self.num_cached), len(self.tokens) - 1)
             step = self._step(self.tokens[self.num_cached : end], TokenTree.empty(), 1)
-            self._remember(step, (yield Call(self.backend, step)))
+            yield from self._running(step)
             self.num_cached = end
 
-    def _remember(self, step: Step, result: StepResult) -> None:
+    def _running(self, step: Step) -> Steps[StepResult]:
+        result = yield Call(self.backend, step)
+        assert isinstance(result, StepResult)
         if self.features is not None:
             assert result.hidden_MW is not None
             self.features.write(step.start, result.hidden_MW)
+        return result
 
     def forward(self, tree: TokenTree | None = None, inputs_MW: Tensor | None = None) -> Rows:
         """Logits of the root (when it is still pending) and of the nodes that are new since the last forward.
@@ -209,11 +235,22 @@ class Session:
         if not nodes:
             raise InputError("forward(tree): nothing is new; every row was returned before")
         step = self._step(pending, tree, len(nodes), inputs_MW)
-        result = yield Call(self.backend, step)
-        self._remember(step, result)
+        result = yield from self._running(step)
         self.num_cached = len(self.tokens)
         self.tree = tree
         return Rows(nodes, result.logits, None if result.hidden_MW is None else result.hidden_MW[-len(nodes) :])
+
+    def chaining(self, count: int, rule: Rule, noise_KV: Tensor | None = None) -> Steps[Drafted]:
+        """Draft a chain of `count` tokens in one call. All its nodes but the last are computed then."""
+        if self.hidden or self.num_cached >= len(self.tokens):
+            raise InputError("a chain in one call begins from a root that is pending, and gives no hidden states")
+        if len(self.tokens) - self.num_cached > PREFILL_CHUNK:
+            yield from self.prefilling()
+        step = self._step(self.tokens[self.num_cached :], TokenTree.empty(), 1)
+        drafted = yield Call(self.backend, step, Chain(count, rule, noise_KV))
+        assert isinstance(drafted, Drafted)
+        self.num_cached, self.tree = len(self.tokens), TokenTree.chain(drafted.tokens_K[:-1])
+        return drafted
 
     def _step(self, pending: Sequence[int], tree: TokenTree, num_logits: int, inputs_MW: Tensor | None = None) -> Step:
         """Of the pending tokens and the nodes that were not computed yet. Nothing here grows with the text."""

@@ -16,6 +16,7 @@ from specdec.policy import Fixed
 from specdec.runtime import choose
 from specdec.runtime.backends import cuda
 from specdec.runtime.backends.cuda import CudaBackend
+from specdec.runtime.chain_graphs import AFTER
 from specdec.runtime.choose import open_backend
 from specdec.runtime.session import Session
 from specdec.tree import TokenTree
@@ -359,7 +360,8 @@ def test_on_a_gpu_a_round_waits_once(on_gpu: torch.device, temperature: float, m
     target = wide(torch.bfloat16, on_gpu)
     decoder = specdec.SpeculativeDecoder(target, drafter=ModelDrafter(tiny_models.noisy(target, 0.01)), policy=Fixed(4))
     options: dict[str, Any] = dict(max_new_tokens=40, temperature=temperature, seed=3)
-    decoder.generate(PROMPT, **options)  # captures
+    for _ in range(AFTER):
+        decoder.generate(PROMPT, **options)  # captures
     read = torch.Tensor.tolist
     reads = 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,6 +21,9 @@ from specdec.kernels.twin import TwinKernels
 from specdec.quant.kv import kv_format
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
 from specdec.runtime.backends.eager import EagerBackend
+from specdec.runtime.captured import Captured
+from specdec.runtime.chain import Chain, Drafted, Rule, step_by_step
+from specdec.runtime.chain_graphs import ChainGraphs
 from specdec.runtime.check import check_step, compare
 from specdec.runtime.device import DeviceKernels, DeviceSlots, place, sight, write_plan
 from specdec.runtime.native import NativeModel, obstacle
@@ -43,46 +46,26 @@ class _Key:
     parts: int  # launched per row: follows from the capacity
 
 
-class _Program:
-    """A step of fixed width: buffers that stay where they are, and, on CUDA, the graph that was captured over them."""
+class _Program(Captured):
+    """A step of fixed width: its plan, and what its rows read besides tokens."""
 
-    def __init__(self, shared: _Shared, key: _Key):
-        self.key = key
+    def __init__(self, shared: Shared, key: _Key):
+        super().__init__()
+        self.shared, self.key = shared, key
         device, dtype = shared.device, shared.stock.capabilities.dtype
         self.plan = torch.zeros(size(key.width, _TAIL), dtype=torch.int64, device=device)
         views(self.plan, key.width).rows[:, -1] = -1  # nothing is written while capturing
         width = shared.native.input_width
         self.inputs = torch.zeros(key.width, width, dtype=dtype, device=device) if width else None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.outputs: tuple[Tensor, ...] = ()
-        if device.type == "cuda":
-            self._capture(shared)
+        self.capture(device, shared.pool)
 
-    def _capture(self, shared: _Shared) -> None:
-        """Run once aside, so that kernels are compiled and memory is there; then record."""
-        stream = torch.cuda.Stream(shared.device)
-        stream.wait_stream(torch.cuda.current_stream(shared.device))
-        with torch.cuda.stream(stream):
-            self._call(shared)
-        torch.cuda.current_stream(shared.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=shared.pool):
-            self.outputs = self._call(shared)
-        self.graph = graph
-
-    def _call(self, shared: _Shared) -> tuple[Tensor, ...]:
-        shared.kernels.num_parts = self.key.parts
-        return shared.call(self.plan, self.key.width, self.inputs)
-
-    def run(self, shared: _Shared) -> tuple[Tensor, ...]:
-        """Logits `[M, V]` and exposed hidden states `[M, W]` of all rows: to be copied before the next run."""
-        if self.graph is None:
-            return self._call(shared)
-        self.graph.replay()
-        return self.outputs
+    def call(self) -> tuple[Tensor, ...]:
+        """Logits `[M, V]` and exposed hidden states `[M, W]` of all rows."""
+        self.shared.kernels.num_parts = self.key.parts
+        return self.shared.call(self.plan, self.key.width, self.inputs)
 
 
-class _Shared:
+class Shared:
     """What all sequences of one opened model share."""
 
     def __init__(self, model: Any, stock: EagerBackend, kernels: DeviceKernels):
@@ -93,6 +76,9 @@ class _Shared:
         self.lock = threading.Lock()
         self.programs: dict[_Key, _Program] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.chains = ChainGraphs(self)
+        # A model that reads inputs besides tokens cannot go on by itself.
+        self.capabilities = replace(stock.capabilities, chains=not self.native.input_width)
 
     def call(self, plan: Tensor, width: int, inputs: Tensor | None, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         """The model over a plan on the device: logits of `rows` (all), and exposed hidden states of all rows."""
@@ -120,7 +106,7 @@ class _Shared:
             plan = write_plan(pairs, program.key.width, _TAIL, pinned, sights)
             program.plan.copy_(plan, non_blocking=True)
             self._fill(program.plan, program.inputs, pairs)
-            return tuple(out[:count].clone() for out in program.run(self)), True
+            return tuple(out[:count].clone() for out in program.run()), True
         flat = to_device(write_plan(pairs, count, tail, pinned, sights), self.device)
         width, dtype = self.native.input_width, self.stock.capabilities.dtype
         inputs = torch.empty(count, width, dtype=dtype, device=self.device) if width else None
@@ -196,6 +182,7 @@ class CudaBackend(Backend):
 
     Tokens, positions and what rows see go to the device in one copy that nobody waits for; tokens that a draft left
     there stay there. Steps of more than 64 rows, such as those of a prefill, run on the same kernels without a graph.
+    A chain that a draft asks for at once is one graph of all its steps.
 
     `kernels`: "triton", or "twin", the same in plain torch on the CPU, which is for tests; on a CPU without a graph
     everything else is as it is on the device.
@@ -204,7 +191,7 @@ class CudaBackend(Backend):
     ride along.
     """
 
-    def __init__(self, shared: _Shared, slots: DeviceSlots | None = None):
+    def __init__(self, shared: Shared, slots: DeviceSlots | None = None):
         self._shared = shared
         self._slots = slots or DeviceSlots(shared.kernels, shared.stock.capabilities.dtype, shared.device)
 
@@ -225,13 +212,13 @@ class CudaBackend(Backend):
             raise UnsupportedModelError(f"{reason}; use backend='eager'")
         step = check_step(stock.capabilities, int(getattr(model, "input_width", 0)))
         layout, reference = _layout(stock, step)
-        shared = _Shared(model, stock, _make(kernels, layout))
+        shared = Shared(model, stock, _make(kernels, layout))
         compare(lambda: cls(shared).forward(step).logits, lambda: reference.logits, model)
         return cls(shared)
 
     @property
     def capabilities(self) -> Capabilities:
-        return self._shared.stock.capabilities
+        return self._shared.capabilities
 
     @property
     def family(self) -> object:
@@ -263,6 +250,7 @@ class CudaBackend(Backend):
         with shared.lock:
             if shared.native.expose(hidden):
                 shared.programs.clear()
+                shared.chains.clear()
 
     def forward(self, step: Step) -> StepResult:
         return type(self).forward_many([self], [step])[0]
@@ -274,7 +262,7 @@ class CudaBackend(Backend):
         shared = backends[0]._shared
         with shared.lock:
             for backend, step in zip(backends, steps, strict=True):
-                place(backend._slots, step, backend.capabilities.context)
+                place(backend._slots, step.end, backend.capabilities.context)
             pairs = [(backend._slots, step) for backend, step in zip(backends, steps, strict=True)]
             (logits, *exposed), all_rows = shared.run(pairs)
             rows = [step.num_rows for step in steps]
@@ -283,6 +271,28 @@ class CudaBackend(Backend):
             hidden = [shared.native.hidden_rows(step.hidden, [h[i] for h in states]) for i, step in enumerate(steps)]
         parts = logits.split(rows if all_rows else [step.num_logits for step in steps])
         return [StepResult(part[-step.num_logits :], own) for part, step, own in zip(parts, steps, hidden, strict=True)]
+
+    @classmethod
+    @torch.inference_mode()
+    def draft_many(cls, backends: Sequence[Self], steps: Sequence[Step], chains: Sequence[Chain]) -> list[Drafted]:
+        """One replay for all chains of one rule, once their like was asked for a few times; step by step before."""
+        shared = backends[0]._shared
+        by_rule: dict[Rule, list[int]] = {}
+        for i, chain in enumerate(chains):
+            by_rule.setdefault(chain.rule, []).append(i)
+        drafted: dict[int, Drafted] = {}
+        for group in by_rule.values():
+            mine, own = [steps[i] for i in group], [chains[i] for i in group]
+            with shared.lock:
+                for i in group:
+                    end = steps[i].end + chains[i].count - 1
+                    place(backends[i]._slots, end, shared.capabilities.context)
+                pairs = [(backends[i]._slots, steps[i]) for i in group]
+                made = shared.chains.run(pairs, own, WIDTHS)
+            if made is None:
+                made = step_by_step(cls.forward_many, [backends[i] for i in group], mine, own)
+            drafted.update(zip(group, made, strict=True))
+        return [drafted[i] for i in range(len(chains))]
 
     @torch.inference_mode()
     def gather(self, slots: Sequence[int], start: int) -> None:
