@@ -22,6 +22,7 @@ from specdec.policy import Policy
 from specdec.prompting import Prompt, Prompts, encode, eos_ids, fitting_ids, is_several
 from specdec.proposal import Draw
 from specdec.runtime.choose import open_backend
+from specdec.runtime.clock import clock_of
 from specdec.runtime.features import Features, capacity
 from specdec.runtime.prefix import PrefixCache, default_bytes
 from specdec.runtime.session import Session
@@ -186,7 +187,7 @@ class SpeculativeDecoder:
             features=Features(session) if drafter.hidden else None,
             target=session if drafter.shares_target else None,
         )
-        trace = Trace()
+        trace = Trace(clock_of(capabilities.device))
         trace.lossless = verifier.lossless
         reuse = reuse_prefix and self.prefixes.limit > 0
         return Task(

@@ -17,12 +17,15 @@ from specdec.decoder import Task, decode
 from specdec.errors import InputError
 from specdec.generation import Generation
 from specdec.goodput import Joined, Load
+from specdec.runtime.clock import clock_of
 from specdec.runtime.session import Answer, Call, answer
 from specdec.text import Chunk
 
 if TYPE_CHECKING:
     from specdec.api import SpeculativeDecoder
 
+#: When something began and ended, on a clock.
+Span = tuple[Any, Any]
 MAX_ROWS = 32
 # Rows of one model step, prefill chunks and all: bounds its scratch, and how long decoding texts wait for prompts.
 MAX_STEP_ROWS = 1024
@@ -123,6 +126,7 @@ class Batch:
         self.decoder, self.max_rows, self.options = decoder, max_rows, options
         self.load = Load()
         self._family = decoder.backend.family
+        self._clock = clock_of(decoder.backend.capabilities.device)
         self._queue: deque[tuple[Ticket, Task]] = deque()
         self._rows: list[_Row] = []
         self._num_submitted = 0
@@ -176,11 +180,15 @@ class Batch:
         for row in self._rows:
             if row.call is None:
                 row.resume()
-        waves = self._draft()
-        chunks, rows, seconds = self._verify()
-        if rows:
+        marks = self._draft()
+        chunks, rows, span = self._verify()
+        if rows:  # and the verdicts have been read: a device is done with all of it
+            seconds = self._clock.between(*span)
+            waves = [
+                (texts, self._clock.between(*taken) / levels) for texts, levels, taken in marks for _ in range(levels)
+            ]
             overhead = time.perf_counter() - started - seconds - sum(wave[1] for wave in waves)
-            self.load.observe(rows, seconds, waves, overhead)
+            self.load.observe(rows, seconds, waves, max(0.0, overhead))
         self._leave()
         return chunks
 
@@ -204,10 +212,10 @@ class Batch:
                 self.load.leave(row.policy.run)
         self._rows = [row for row in self._rows if not row.ticket.is_done]
 
-    def _draft(self) -> list[tuple[int, float]]:
-        """Answer the drafts' calls until every text waits for the target; prompts get one chunk. Rows and seconds of
-        each step in which no prompt took part."""
-        waves: list[tuple[int, float]] = []
+    def _draft(self) -> list[tuple[int, int, Span]]:
+        """Answer the drafts' calls until every text waits for the target; prompts get one chunk. Of each call in which
+        no prompt took part: the texts, the steps one after another, and when it began and ended."""
+        waves: list[tuple[int, int, Span]] = []
         prompts = True
         while True:
             asking = [row for row in self._rows if row.call is not None and self._drafts(row.call)]
@@ -215,26 +223,26 @@ class Batch:
             if not chosen:
                 return waves
             prompts = any(row.is_prefilling for row in chosen)
-            started = time.perf_counter()
+            started = self._clock.mark()
             levels = max(row.call.num_levels for row in chosen if row.call is not None)
             for row, given, share in _answers(chosen):
                 row.resume(given, share)
             if not prompts:
-                waves += [(len(chosen), (time.perf_counter() - started) / levels)] * levels
+                waves.append((len(chosen), levels, (started, self._clock.mark())))
             prompts = False
 
     def _drafts(self, call: Call) -> bool:
         return call.backend.family is not self._family
 
-    def _verify(self) -> tuple[list[tuple[Ticket, Chunk]], int, float]:
-        """One step of the target. The chunks; and when it was one of decoding texts alone, its rows and seconds."""
+    def _verify(self) -> tuple[list[tuple[Ticket, Chunk]], int, Span]:
+        """One step of the target. The chunks; its rows, when it was one of decoding texts alone; and its time."""
         asking = [row for row in self._rows if row.call is not None and not self._drafts(row.call)]
         chosen = _within(asking)
         pure = len(chosen) == len(asking) and not any(row.is_prefilling for row in chosen)
         num_rows = sum(row.call.num_rows for row in chosen if row.call is not None)
-        started = time.perf_counter()
+        started = self._clock.mark()
         answers = list(_answers(chosen))
-        seconds = time.perf_counter() - started
+        span = started, self._clock.mark()
         # Those that were served wait at the end of the line, behind those that did not fit.
         self._rows = [row for row in self._rows if row not in chosen] + chosen
         chunks = []
@@ -242,7 +250,7 @@ class Batch:
             chunk = row.resume(given, share)
             if chunk is not None:
                 chunks.append((row.ticket, chunk))
-        return chunks, num_rows if pure else 0, seconds
+        return chunks, num_rows if pure else 0, span
 
 
 def _within(rows: Sequence[_Row]) -> list[_Row]:

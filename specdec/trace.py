@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from specdec.drafter import Outcome
+from specdec.runtime.clock import HostClock
 
 STAGES = ("prefill", "draft", "verify", "commit", "other")
 
@@ -129,9 +130,14 @@ class Trace:
     """The record of one text. The clock belongs to it: `with trace.stage("verify")` inside `with trace.round()`.
 
     In a batch the clock stops while other texts run; of a step in common, it counts this text's share by rows.
+
+    `device`: the clock of a device that works on after the host has gone ahead. It may still draft while the host
+    waits for it to verify: that time is the draft's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: HostClock | None = None) -> None:
+        self._device = device if device is not None and device.lags else None
+        self._drafted: tuple[Any, Any] | None = None  # when the device began to draft, and when it was done
         self.rounds: list[Round] = []
         self.prefill_seconds = 0.0
         self.num_tokens = 0
@@ -159,16 +165,28 @@ class Trace:
     @contextmanager
     def round(self) -> Iterator[Round]:
         started = self.now()
-        self.current = Round()
+        self.current, self._drafted = Round(), None
         yield self.current
+        self._set_right(self.current.seconds)
         self.current.seconds["other"] += self.now() - started - sum(self.current.seconds.values())
         self.rounds.append(self.current)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        started = self.now()
+        started, away = self.now(), self.seconds_away
+        mark = self._device.mark() if self._device is not None and name == "draft" else None
         yield
         self.current.seconds[name] += self.now() - started
+        if self._device is not None and mark is not None and away == self.seconds_away:  # no other text came between
+            self._drafted = mark, self._device.mark()
+
+    def _set_right(self, seconds: dict[str, float]) -> None:
+        """The verdict has been read, so that the device is done with both stages."""
+        if self._device is not None and self._drafted is not None:
+            late = self._device.between(*self._drafted) - seconds["draft"]
+            late = max(0.0, min(late, seconds["verify"]))
+            seconds["draft"] += late
+            seconds["verify"] -= late
 
     @property
     def stats(self) -> Stats:
