@@ -21,12 +21,15 @@ from test_session_rows import Move, play
 
 import specdec
 from specdec import registry
+from specdec.draws import NextToken
 from specdec.errors import InputError
 from specdec.kernels import ops
 from specdec.policy import Fixed
+from specdec.proposal import Draw
 from specdec.runtime.backend import Backend, Capabilities, Step, StepResult
 from specdec.runtime.backends.eager import EagerBackend
-from specdec.runtime.session import Session
+from specdec.runtime.session import Session, run
+from specdec.sampling import Sampling
 from specdec.tree import TokenTree
 
 TOLERANCE = 1e-4  # of the largest logit: float32, and sums in another order
@@ -294,3 +297,21 @@ def test_texts_are_those_of_eager(backend: Backend, policy: Fixed) -> None:
         assert 40 <= len(out.tokens) <= 41  # the last token need not be computed
         assert out.tokens[:40] == expected
         assert out.finish_reason == "context"
+
+
+def test_a_draft_that_is_asked_for_at_once_is_its_steps(backend: Backend, stock: Backend) -> None:
+    """Each token is the top one of the logits before it, by this backend's own steps; the slots hold the chain."""
+    rule = NextToken(Sampling(), Draw.POINT, backend.capabilities.vocab_size)
+    for _ in range(4):  # a backend may prepare what it is asked for again
+        mine, alone = Session(backend.fork(0)), Session(backend.fork(0))
+        for session in (mine, alone):
+            session.append(PROMPT)
+            session.prefill()
+        drafted = run(mine.chaining(4, rule)).tokens_K.tolist()
+        ran = TokenTree.empty()
+        for token in drafted:
+            assert int(alone.forward(ran).logits[-1].argmax()) == token
+            ran = ran.extend(torch.tensor([token]), [len(ran) - 1])
+        mine.commit([0, 1, 2], [*drafted[:3], 11])
+        text = [*PROMPT, *drafted[:3], 11]
+        assert_same(mine.forward().logits, stock.fork(0).forward(chain(text, 0, 1)).logits)
