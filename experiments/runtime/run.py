@@ -5,7 +5,7 @@
 
 Each group is one run of `specdec bench`; one that has its file of the same day already is not run again, so that a run
 that was cut short goes on where it stopped (`--again` starts anew). Writes a JSON file per group and a table,
-`results.md`. About twelve minutes on two cores for the groups of the 134m pair with both peers; `--groups` chooses.
+`results.md`. About twenty-five minutes on two cores for the groups of the 134m pair with both peers; `--groups` chooses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROUPS: dict[str, list[str]] = {
         *("--preset", "134m", "--dtype", "bf16", "--prompts", "2", "--repetitions", "3"),
         *("--draft-quantize", "int8", "--backend", "compiled", "--no-transformers"),
     ],
-    "134m-fp32": ["--preset", "134m", "--dtype", "fp32", "--prompts", "1", "--repetitions", "3", "--k", "3,4,5"],
+    "134m-fp32": ["--preset", "134m", "--dtype", "fp32", "--prompts", "2", "--repetitions", "3", "--k", "3,4,5"],
     "embedded": ["--preset", "embedded", "--prompts", "4", "--repetitions", "3", "--drafters", "model,ngram"],
     "350m-bf16": ["--preset", "350m", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
     "1b-bf16": ["--preset", "1b", "--dtype", "bf16", "--prompts", "1", "--repetitions", "3", "--k", "3,5"],
