@@ -5,7 +5,7 @@
 
 Each group is one run of `specdec bench`; one that has its file of the same day already is not run again, so that a run
 that was cut short goes on where it stopped (`--again` starts anew). Writes a JSON file per group and a table,
-`results.md`. About twenty-five minutes on two cores for the groups of the 134m pair with both peers; `--groups` chooses.
+`results.md`. About twenty-five minutes on two cores with both peers; `--groups` chooses.
 """
 
 from __future__ import annotations

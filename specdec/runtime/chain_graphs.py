@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 AFTER = 3
 # Graphs that are kept, those used last; lengths are few, but every temperature has its own.
 MOST = 48
+# Numbers of noise that a graph may hold: drafts of many texts that sample from a large vocabulary go step by step.
+MOST_NOISE = 1 << 21
 # Drafts that were asked for too seldom to be captured, before they are forgotten.
 _MOST_ASKED = 1024
 
@@ -137,6 +139,8 @@ class ChainGraphs:
         fit = [next(width for width in widths if width >= rows) for rows in (count, len(pairs))]
         parts = num_parts(max(slots.capacity for slots, _ in pairs))
         key = Key(fit[0], fit[1], max(chain.count for chain in chains), parts, chains[0].rule)
+        if key.rule.is_noisy and key.count * key.num_rows * key.rule.vocab_size > MOST_NOISE:
+            return None
         program = self._find(key)
         if program is None:
             return None

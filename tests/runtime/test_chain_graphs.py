@@ -137,6 +137,12 @@ def test_graphs_are_for_what_is_asked_often_and_few(monkeypatch: pytest.MonkeyPa
     ask(3, 0.8, 0, 1)
     ask(3, 0.7, 0, AFTER)
     assert [(key.count, key.rule.sampling.temperature) for key in programs] == [(3, 0.8), (3, 0.7)]  # type: ignore[attr-defined]
+    monkeypatch.setattr(chain_graphs, "MOST_NOISE", 5 * VOCAB - 1)
+    ask(5, 0.8, 0, AFTER)  # its buffers would be too large
+    assert {key.count for key in programs} == {3}
+    monkeypatch.setattr(chain_graphs, "MOST_NOISE", 5 * VOCAB)
+    ask(5, 0.8, 0, AFTER)
+    assert {key.count for key in programs} == {3, 5}
     backend.expose([1])  # steps now return more
     assert not programs
     ask(3, 0.7, 0, 1)
