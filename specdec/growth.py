@@ -62,7 +62,7 @@ def grow(
     if plan.depth < 1:  # the drafter's context is full
         return Grown(Proposal.empty(), ())
     draw = Draw.POINT if request.sampling.is_greedy else request.draw
-    if session is not None and session.backend.capabilities.chains and plan.is_chain and plan.depth > 1:
+    if session is not None and session.chains and plan.is_chain and plan.depth > 1:
         grown = yield from _in_one_call(session, plan, request, len(prefix), chance, draw, ids_R)
         if grown is not None:
             return grown

@@ -72,6 +72,7 @@ class ToySession:
     """The draft of a `Toy`, with as much of `specdec.runtime.Session` as a drafter's `proposing` uses."""
 
     context = 1 << 20
+    chains = False  # what is drawn is enumerated token by token
 
     def __init__(self, toy: Toy, context: tuple[int, ...]):
         self._toy, self._text = toy, context

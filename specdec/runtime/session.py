@@ -167,6 +167,11 @@ class Session:
     def context(self) -> int:
         return self.backend.capabilities.context
 
+    @property
+    def chains(self) -> bool:
+        """Whether `chaining` takes less than step by step."""
+        return self.backend.capabilities.chains
+
     def append(self, tokens: Sequence[int], inputs_MW: Tensor | None = None) -> None:
         """Add committed tokens; they are computed by the next forward, and nothing before them is computed again."""
         if not tokens:
